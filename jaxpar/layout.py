@@ -1,0 +1,174 @@
+"""`Layout`: where every leaf of a state will lie, before any compile; changes with what a user must see."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpar.partition import Leaf, Match, PartitionError, Rules, axes_of, match_leaf, match_optimizer_leaf, open_spec
+from jaxpar.state import TrainState, is_key, named_leaves
+
+_MUST_SPLIT = {
+    "model": "would all do the same work; add jaxpar.MEGATRON, or rules that name it",
+    "fsdp": "would each hold the same whole state; add jaxpar.FSDP, or rules that name it",
+}
+
+
+class LayoutRow(NamedTuple):
+    """One leaf: canonical path, global shape, dtype, spec, the rule that gave it, bytes on each device, and a remark."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    spec: PartitionSpec
+    rule: str
+    bytes_per_device: int
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where every leaf of a state lies: `print` it, or read its rows.
+
+    Attributes:
+      mesh: the mesh.
+      rows: a `LayoutRow` for each leaf, in the order of `jax.tree.leaves`.
+      unused: the patterns of rules that matched no leaf.
+
+    >>> import jaxpar
+    >>> layout = layout_state({"w": jax.ShapeDtypeStruct((8, 4), "float32")}, [[("w$", PartitionSpec("model"))]],
+    ...                       jaxpar.make_mesh(model=8))
+    >>> print(layout)
+    path  shape   dtype    spec                   rule  bytes/device
+    w     (8, 4)  float32  P('model', None)       w$            16 B
+    total 16 B a device, 128 B whole; mesh {'model': 8}
+    """
+
+    mesh: Mesh
+    rows: tuple[LayoutRow, ...]
+    unused: tuple[str, ...] = ()
+
+    @property
+    def bytes_per_device(self) -> int:
+        """The bytes of state on each device."""
+        return sum(row.bytes_per_device for row in self.rows)
+
+    @property
+    def shardings(self) -> list[NamedSharding]:
+        """A `NamedSharding` for each row."""
+        return [NamedSharding(self.mesh, row.spec) for row in self.rows]
+
+    @property
+    def left_whole(self) -> tuple[LayoutRow, ...]:
+        """The rows that a heuristic left whole, largest first, each with its reason in `note`."""
+        return tuple(sorted((row for row in self.rows if row.note), key=lambda row: -row.bytes_per_device))
+
+    def __str__(self) -> str:
+        cells = [("path", "shape", "dtype", "spec", "rule", "bytes/device", "")]
+        cells += [
+            (
+                row.path,
+                str(row.shape),
+                str(row.dtype),
+                _short(row.spec),
+                row.rule or "-",
+                format_bytes(row.bytes_per_device),
+                row.note,
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in cells) for column in range(6)]
+        lines = []
+        for line in cells:
+            padded = [text.ljust(width) for text, width in zip(line[:5], widths, strict=False)]
+            lines.append("  ".join([*padded, line[5].rjust(widths[5]), line[6]]).rstrip())
+        whole = sum(
+            math.prod(row.shape) * np.dtype(row.dtype).itemsize if not _is_extended(row.dtype) else row.bytes_per_device
+            for row in self.rows
+        )
+        lines.append(
+            f"total {format_bytes(self.bytes_per_device)} a device, {format_bytes(whole)} whole; mesh "
+            f"{dict(self.mesh.shape)}"
+        )
+        if self.unused:
+            lines.append(f"rules that matched no leaf: {', '.join(map(repr, self.unused))}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def layout_state(state: Any, lists: Sequence[Rules], mesh: Mesh) -> Layout:
+    """Returns the layout of a state (arrays or shapes) by annotations and rules.
+
+    Raises:
+      PartitionError: a rule can't apply, no rule matches a leaf, or a `model` or `fsdp` axis splits nothing.
+    """
+    named = named_leaves(state)
+    annotations = dict(state.static.annotations) if isinstance(state, TrainState) else {}
+    shapes = {path: tuple(leaf.shape) for path, leaf in named}
+    params: dict[str, tuple[Leaf, Match]] = {}
+    rows, used = [], set()
+    # Optimizer state comes after the parameters it derives from, whatever the order of the leaves.
+    for path, array in sorted(named, key=lambda item: item[0].startswith("opt_state/")):
+        leaf = Leaf(path, shapes[path], array.dtype, shapes)
+        if not leaf.shape or is_key(array):
+            match = Match(open_spec(len(leaf.shape)), "", "", (), frozenset())
+        elif path.startswith("opt_state/"):
+            match = match_optimizer_leaf(leaf, lists, mesh, params)
+        else:
+            match = match_leaf(leaf, lists, mesh, annotations.get(path))
+        if path.startswith("params/"):
+            params[path.removeprefix("params/")] = (leaf, match)
+        used |= match.used
+        rows.append(_row(leaf, match, mesh))
+    _check_axes_split(rows, mesh)
+    patterns = [pattern for rules in lists for pattern, spec in rules if isinstance(spec, PartitionSpec)]
+    order = {path: index for index, (path, _) in enumerate(named)}
+    return Layout(
+        mesh,
+        tuple(sorted(rows, key=lambda row: order[row.path])),
+        tuple(pattern for pattern in dict.fromkeys(patterns) if pattern not in used),
+    )
+
+
+def format_bytes(count: float) -> str:
+    """Returns a count of bytes as text, in powers of 1024.
+
+    >>> format_bytes(3 * 2**20)
+    '3.0 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _row(leaf: Leaf, match: Match, mesh: Mesh) -> LayoutRow:
+    shard = NamedSharding(mesh, match.spec).shard_shape(leaf.shape)
+    return LayoutRow(
+        leaf.path, leaf.shape, leaf.dtype, match.spec, match.rule, math.prod(shard) * leaf.dtype.itemsize, match.note
+    )
+
+
+def _check_axes_split(rows: Sequence[LayoutRow], mesh: Mesh) -> None:
+    split = {axis for row in rows for axis in axes_of(row.spec)}
+    for axis, consequence in _MUST_SPLIT.items():
+        size = mesh.shape.get(axis, 1)
+        if size > 1 and axis not in split:
+            raise PartitionError(
+                f"Mesh axis {axis!r} of size {size} splits no leaf: {size} devices {consequence}, or give "
+                f"its devices to another axis, as make_mesh(data={mesh.size})."
+            )
+
+
+def _is_extended(dtype: Any) -> bool:
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+
+
+def _short(spec: PartitionSpec) -> str:
+    return f"P({', '.join(repr(entry) for entry in spec)})"

@@ -1,0 +1,264 @@
+"""What a model's function returns, and how it adds up over examples, microbatches and shards."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxpar.batch import EXAMPLE_WEIGHT, BatchError, count_rows, match_path
+from jaxpar.state import StateError, Static, build_model, named_leaves, read_model_state
+
+Values = Any
+
+
+@struct.dataclass
+class Weighted:
+    """A loss or metric whose examples weigh unequally: over a step it is Σ total / Σ weight, never a mean of means.
+
+    Attributes:
+      total: the weighted sum, a scalar or one value an example.
+      weight: the sum of the weights, of the same shape.
+
+    >>> mask = jnp.array([1.0, 1.0, 0.0])
+    >>> Weighted(total=(mask * jnp.array([2.0, 4.0, 9.0])).sum(), weight=mask.sum()).weight
+    Array(2., dtype=float32)
+    """
+
+    total: jax.Array
+    weight: jax.Array | None
+
+
+class LossError(TypeError):
+    """A function that returns what can't be summed over examples: the message says what it gave and what is needed."""
+
+
+def read_loss(result: Any) -> tuple[Any, Mapping[str, Any], Mapping[str, Any] | None]:
+    """Returns `(loss, metrics, updates)` from what a loss function gave: those three, the first two, or a loss alone."""
+    parts = result if isinstance(result, tuple) else (result, {})
+    if len(parts) not in (2, 3):
+        raise LossError(
+            f"loss_fn returned {len(parts)} values; it gives (loss, metrics), or (loss, metrics, updates) where a "
+            "linen model changes collections."
+        )
+    loss, metrics, updates = (*parts, None) if len(parts) == 2 else parts
+    if not isinstance(metrics, Mapping):
+        raise LossError(
+            f"loss_fn returned metrics of type {type(metrics).__name__}; give a dict of names to values, {{}} for none."
+        )
+    if not isinstance(loss, Weighted | jax.Array | float):
+        raise LossError(
+            f"loss_fn returned a loss of type {type(loss).__name__}; give a scalar, one value an example, or "
+            "jaxpar.Weighted(total, weight)."
+        )
+    return loss, metrics, updates
+
+
+def call_model(
+    fn: Callable[..., Any],
+    static: Static,
+    params: Any,
+    model_state: Any,
+    batch: Any,
+    keys: tuple[jax.Array, ...],
+    *,
+    evaluating: bool = False,
+) -> tuple[Any, Any]:
+    """Returns what `fn(model, batch, rng)` gives, and the model's non-trained state after it.
+
+    Args:
+      fn: the loss or evaluation function.
+      static: the model's structure.
+      params: all parameters.
+      model_state: the non-trained state by collection.
+      batch: the rows it sees; `example_weight` is held back, since whoever calls multiplies it in.
+      keys: the state's key and then the numbers to fold into it, and into nnx's own keys.
+      evaluating: an nnx model is put in eval mode; the state isn't read back.
+    """
+    rng, *numbers = keys
+    folded = {
+        name: jax.tree.map(lambda leaf: _fold_leaf(leaf, numbers), leaves) if name in static.rng_collections else leaves
+        for name, leaves in model_state.items()
+    }
+    model = build_model(static, params, folded)
+    if evaluating and static.graphdef is not None:
+        model.eval()
+    if isinstance(batch, Mapping) and EXAMPLE_WEIGHT in batch:
+        batch = _WithoutWeight((name, leaf) for name, leaf in batch.items() if name != EXAMPLE_WEIGHT)
+    result = fn(model, batch, fold(rng, numbers))
+    if evaluating:
+        return result, model_state
+    if static.graphdef is not None:
+        return result, _like(read_model_state(static, model, model_state), model_state)
+    updates = read_loss(result)[2] or {}
+    unknown = sorted(set(updates) - set(model_state))
+    if unknown:
+        raise StateError(
+            f"loss_fn returned updates for {unknown}, but the state holds the collections {sorted(model_state)}; "
+            "return those alone, or give the others to TrainState.create."
+        )
+    return result, _like({**model_state, **updates}, model_state)
+
+
+def sum_values(
+    call: Callable[[Any, tuple], tuple[Values, Any]],
+    batch: Any,
+    model_state: Any,
+    *,
+    fraction: float,
+    is_shared: Callable[[str], bool],
+    keep_rows: bool = False,
+) -> tuple[Values, Any]:
+    """Returns each value that `call` gives as its part of a sum over the whole batch, and the model's state after it.
+
+    Args:
+      call: `call(batch, numbers)` gives a nest of values and the state; the numbers are for its random keys.
+      batch: the rows of one shard and microbatch.
+      model_state: the state before it: with padding in the batch it must not change.
+      fraction: what part of the whole batch these rows are.
+      is_shared: tells from a batch leaf's path whether it has no rows.
+      keep_rows: whether values of one an example are returned as they are, not summed.
+
+    Returns:
+      The nest with a `Weighted` for each value. Where examples weigh alike, its total is a part of the mean and its
+      weight None, so that no division is left to do; else both are sums, over the global number of rows.
+    """
+    rows = count_rows(batch, is_shared)
+    weight = batch.get(EXAMPLE_WEIGHT) if isinstance(batch, Mapping) else None
+    values, after = call(batch, ())
+    if weight is not None:
+        _check_unchanged(model_state, after)
+        if not all(_is_per_example(value, rows) for value in _leaves(values)):
+            # A scalar has mixed real rows with padding already: take the rows one by one instead.
+            values = _call_by_row(call, batch, rows, is_shared)
+    return jax.tree.map(
+        lambda value: _sum_value(value, weight, rows, fraction, keep_rows), values, is_leaf=_is_weighted
+    ), after
+
+
+def mean_value(value: Weighted) -> jax.Array:
+    """Returns the mean that sums over a whole batch stand for; 0 where nothing weighs anything."""
+    if value.weight is None:
+        return value.total
+    return jnp.where(value.weight == 0, 0, value.total / jnp.where(value.weight == 0, 1, value.weight))
+
+
+def fold(key: jax.Array, numbers: Any) -> jax.Array:
+    """Returns the key with each number folded in, in turn."""
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def grow(array: jax.Array) -> jax.Array:
+    """Returns the array in float32, or wider if it was: what sums are kept in."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+class _WithoutWeight(dict):
+    """A batch whose example weights the step multiplies in: asking for them says so."""
+
+    def __missing__(self, name: str) -> Any:
+        if name == EXAMPLE_WEIGHT:
+            raise BatchError(
+                f"batch[{EXAMPLE_WEIGHT!r}] is multiplied in by the step itself; leave it out of the function, or "
+                "call your own weights another name."
+            )
+        raise KeyError(name)
+
+
+jax.tree_util.register_pytree_with_keys(
+    _WithoutWeight,
+    lambda d: ([(jax.tree_util.DictKey(name), d[name]) for name in sorted(d)], tuple(sorted(d))),
+    lambda names, leaves: _WithoutWeight(zip(names, leaves, strict=True)),
+)
+
+
+def _fold_leaf(leaf: jax.Array, numbers: Any) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    # A scanned stack of layers holds a key a layer.
+    return (
+        jax.vmap(lambda key: fold(key, numbers))(leaf.ravel()).reshape(leaf.shape) if leaf.ndim else fold(leaf, numbers)
+    )
+
+
+def _like(after: Any, before: Any) -> Any:
+    """The state after a call, checked against the one before and in its dtypes: a step's carry never changes."""
+    old, new = dict(named_leaves(before)), dict(named_leaves(after))
+    if old.keys() != new.keys():
+        raise StateError(
+            f"The model's state changed its leaves, by {sorted(old.keys() ^ new.keys())}; a step keeps them."
+        )
+    for path, leaf in new.items():
+        if leaf.shape != old[path].shape:
+            raise StateError(
+                f"'model_state/{path}' changed its shape from {old[path].shape} to {leaf.shape}; a step keeps it."
+            )
+    return jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), after, before)
+
+
+def _check_unchanged(before: Any, after: Any) -> None:
+    for (path, old), new in zip(named_leaves(before), jax.tree.leaves(after), strict=True):
+        if old is not new:
+            raise BatchError(
+                f"'model_state/{path}' changes with a batch that is padded: its statistics would count the padding. "
+                "Train such a model on whole batches (no example_weight), or use running averages."
+            )
+
+
+def _call_by_row(call: Callable, batch: Any, rows: int, is_shared: Callable[[str], bool]) -> Values:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
+    axes = [0 if leaf.ndim and not is_shared(match_path(path)) else None for path, leaf in leaves]
+
+    def call_one(row: jax.Array, *arrays: jax.Array) -> Values:
+        lone = [array[None] if axis == 0 else array for array, axis in zip(arrays, axes, strict=True)]
+        values, _ = call(jax.tree.unflatten(treedef, lone), (row,))
+        return jax.tree.map(_one_row, values, is_leaf=_is_weighted)
+
+    return jax.vmap(call_one, in_axes=(0, *axes))(jnp.arange(rows), *(leaf for _, leaf in leaves))
+
+
+def _one_row(value: Any) -> Any:
+    if isinstance(value, Weighted):
+        return Weighted(jnp.sum(value.total), jnp.sum(value.weight))
+    value = jnp.asarray(value)
+    return value[0] if _is_per_example(value, 1) else value
+
+
+def _sum_value(value: Any, weight: jax.Array | None, rows: int, fraction: float, keep_rows: bool) -> Any:
+    if isinstance(value, Weighted):
+        total, mass = jnp.asarray(value.total), jnp.asarray(value.weight)
+        if weight is not None:
+            total, mass = total * weight, mass * weight
+        return Weighted(grow(total).sum() * (fraction / rows), grow(mass).sum() * (fraction / rows))
+    value = jnp.asarray(value)
+    per_example = _is_per_example(value, rows)
+    if per_example and keep_rows:
+        return value
+    if value.ndim and not per_example:
+        raise LossError(
+            f"A value of shape {value.shape} is neither a scalar nor one value an example ({rows} here); reduce it, "
+            "or give jaxpar.Weighted(total, weight)."
+        )
+    value = grow(value)
+    if weight is None:
+        mean = value.mean()
+        return Weighted(mean if fraction == 1 else mean * fraction, None)
+    value = value.reshape(rows, -1).mean(axis=1)
+    return Weighted((value * weight).sum() * (fraction / rows), grow(weight).sum() * (fraction / rows))
+
+
+def _is_weighted(node: Any) -> bool:
+    return isinstance(node, Weighted)
+
+
+def _leaves(values: Values) -> list[Any]:
+    return jax.tree.leaves(values, is_leaf=_is_weighted)
+
+
+def _is_per_example(value: Any, rows: int) -> bool:
+    if isinstance(value, Weighted):
+        return jnp.shape(value.total) == jnp.shape(value.weight) == (rows,)
+    return jnp.ndim(value) >= 1 and jnp.shape(value)[0] == rows

@@ -1,0 +1,163 @@
+"""Meshes: the axis names, their one order, and the devices on them; changes with hardware and `jax.sharding.Mesh`."""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "stage", "expert", "context", "model")
+BATCH_AXES = ("data", "fsdp", "expert")
+
+
+class MeshError(ValueError):
+    """A mesh that can't be made or used: the message gives the axes, their sizes and the device count."""
+
+
+def make_mesh(spec: str | None = None, *, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+    """Returns a `jax.sharding.Mesh` over every given device, its axes of type Auto and in jaxpar's fixed order.
+
+    Unlike `jax.make_mesh`, whose axes are Explicit by default and which leaves devices over without a word.
+
+    Args:
+      spec: the sizes as text, `"data=2,model=4"`, for a command line; the same as `data=2, model=4`.
+      devices: the devices to use, all of them; by default `jax.devices()`.
+      **sizes: the size of each axis, named as in `jaxpar.AXES`. One may be -1: what the others leave. None at all is
+        `data=-1`.
+
+    Raises:
+      MeshError: an axis is unknown or given twice, a size is not a whole number, or the sizes don't multiply to the
+        device count.
+
+    >>> dict(make_mesh(model=4, data=-1).shape)
+    {'data': 2, 'model': 4}
+    >>> make_mesh("data=3,model=2")
+    Traceback (most recent call last):
+    jaxpar.mesh.MeshError: Mesh axes {'data': 3, 'model': 2} use 6 devices, but 8 are available; sizes must multiply to \
+the device count. Pass devices=jax.devices()[:6] for a part of them.
+    """
+    if spec is not None:
+        sizes = _parse_sizes(spec, sizes)
+    sizes = sizes or {"data": -1}
+    for axis, size in sizes.items():
+        check_axis_name(axis)
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or (size < 1 and size != -1):
+            raise MeshError(f"Mesh axis {axis!r} has size {size!r}; a size is a whole number, 1 or more, or -1 once.")
+    chosen = np.array(jax.devices() if devices is None else devices, dtype=object).ravel()
+    if len(set(chosen)) != chosen.size or not chosen.size:
+        raise MeshError(f"devices= holds {chosen.size} devices, {len(set(chosen))} of them distinct; give each once.")
+    shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen.size)
+    if devices is None:
+        # JAX knows which order of the chips makes neighbours on the wire neighbours on the mesh.
+        return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(chosen.reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def check_axis_name(axis: str) -> None:
+    """Raises MeshError, with the nearest name, unless `axis` is one of `jaxpar.AXES`."""
+    if axis not in AXES:
+        raise MeshError(f"Mesh axis {axis!r} is unknown{nearest(axis, AXES)}; the axes are {', '.join(AXES)}.")
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raises MeshError unless `mesh`, perhaps made by hand, has known axes in the fixed order, all of type Auto.
+
+    The order is fixed since islands nest from the outer axis to the inner one; JAX 0.12 aborts the process on another.
+    """
+    if not isinstance(mesh, Mesh):
+        raise MeshError(f"mesh is {mesh!r}, a {type(mesh).__name__}; give a jax.sharding.Mesh, as make_mesh returns.")
+    for axis in mesh.axis_names:
+        check_axis_name(axis)
+    ordered = tuple(axis for axis in AXES if axis in mesh.axis_names)
+    if mesh.axis_names != ordered:
+        raise MeshError(f"Mesh axes are {mesh.axis_names}, but must lie in the order {ordered}; make_mesh orders them.")
+    explicit = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]
+    if explicit:
+        raise MeshError(
+            f"Mesh axes {explicit} are not of type Auto; pass axis_types=(AxisType.Auto,) * {len(mesh.axis_names)} to "
+            "jax.make_mesh, or use jaxpar.make_mesh."
+        )
+
+
+def axis_sizes(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Returns the product of the sizes of those of `axes` that the mesh has: how many ways they split a dim.
+
+    >>> axis_sizes(make_mesh(data=2, model=4), ("data", "fsdp", "model"))
+    8
+    """
+    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
+
+
+def fake_devices(count: int = 8) -> list[jax.Device]:
+    """Returns `count` CPU devices, made up on this machine's one CPU: what tests and notebooks run a mesh on.
+
+    Call it before anything else uses JAX, since JAX counts its devices once.
+
+    Raises:
+      MeshError: JAX has started already, with fewer CPU devices.
+
+    >>> len(fake_devices(8))
+    8
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        pass  # JAX has started: right if it did so with enough devices, which the count below tells.
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise MeshError(
+            f"{count} fake devices were asked for, but JAX has already started with {len(devices)}; call fake_devices "
+            f"first (restart a notebook's kernel), or start Python with JAX_NUM_CPU_DEVICES={count} set."
+        )
+    return devices[:count]
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Returns ` (nearest: 'x')` for the spelling in `names` closest to `name`, or nothing: an end for an error's subject.
+
+    >>> nearest("modle", AXES)
+    " (nearest: 'model')"
+    """
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (nearest: {close[0]!r})" if close else ""
+
+
+def _parse_sizes(spec: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    parsed = dict(sizes)
+    for part in spec.split(",") if isinstance(spec, str) else [str(spec)]:
+        axis, _, size = part.partition("=")
+        axis = axis.strip()
+        try:
+            number = int(size)
+        except ValueError:
+            raise MeshError(f"Mesh {spec!r} has the part {part!r}; write axis=size, as in 'data=2,model=4'.") from None
+        check_axis_name(axis)
+        if axis in parsed:
+            raise MeshError(f"Mesh {spec!r} gives axis {axis!r} twice: {parsed[axis]} and {number}.")
+        parsed[axis] = number
+    return parsed
+
+
+def _fill_in(shape: dict[str, int], num_devices: int) -> dict[str, int]:
+    """The sizes with -1 replaced by what the others leave of the devices."""
+    unknown = [axis for axis, size in shape.items() if size == -1]
+    known = math.prod(size for size in shape.values() if size != -1)
+    if len(unknown) > 1:
+        raise MeshError(f"Mesh axes {unknown} are all -1; one at most can be what the others leave.")
+    if unknown and num_devices % known:
+        others = {axis: size for axis, size in shape.items() if size != -1}
+        raise MeshError(
+            f"Mesh axis {unknown[0]!r} is -1, but the others {others} use {known}, which do not divide "
+            f"{num_devices} devices."
+        )
+    filled = {axis: num_devices // known if size == -1 else size for axis, size in shape.items()}
+    total = math.prod(filled.values())
+    if total != num_devices:
+        hint = f" Pass devices=jax.devices()[:{total}] for a part of them." if total < num_devices else ""
+        raise MeshError(
+            f"Mesh axes {filled} use {total} devices, but {num_devices} are available; sizes must multiply "
+            f"to the device count.{hint}"
+        )
+    return filled

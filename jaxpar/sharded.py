@@ -1,0 +1,175 @@
+"""The global view: `jax.jit` over a mesh; a step sees whole arrays and the compiler adds the collectives."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpar.batch import match_path
+from jaxpar.layout import Layout
+from jaxpar.mesh import BATCH_AXES, axis_sizes, check_mesh
+from jaxpar.partition import Leaf, Rules, Whole, axes_of, check_rules, match_leaf
+from jaxpar.strategy import Engine, StepFn, Strategy
+
+AXIS_NAME = "data"
+
+
+def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
+    """Returns the strategy that lays the state out on `mesh` by rules, and runs steps with `jax.jit`.
+
+    Data, model, hybrid, FSDP and ZeRO are one strategy with different rules. By default dim 0 of the batch is split over
+    those of the axes `data`, `fsdp` and `expert` that the mesh has, dim 1 over `context`; scalars are replicated.
+
+    Args:
+      mesh: from `make_mesh`, or your own with the axes in jaxpar's order.
+      *rules: lists of `(regex, spec)`; each fills the dims that those before it left open. None at all: replicated.
+      batch_rules: one list for the batch, before the defaults; `WHOLE` is for a leaf that isn't one row an example.
+
+    Raises:
+      MeshError: the mesh has an unknown axis, or its axes are in another order or not of type Auto.
+      PartitionError: a rule is malformed or names an axis that the mesh lacks.
+
+    >>> import jaxpar
+    >>> sharded(jaxpar.make_mesh(fsdp=2, model=4), jaxpar.MEGATRON, jaxpar.FSDP)
+    sharded({'fsdp': 2, 'model': 4}, 2 lists of rules)
+    """
+    check_mesh(mesh)
+    check_rules(rules, mesh)
+    check_rules([batch_rules], mesh)
+    batch_axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    lists = ([batch_rules] if batch_rules else []) + [[(".*", functools.partial(_split_batch, batch_axes))]]
+
+    @functools.cache
+    def batch_spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        return match_leaf(Leaf(path, shape, None), lists, mesh).spec
+
+    @functools.cache
+    def is_shared(path: str) -> bool:
+        # A closed leaf is told by what the list gives, whatever the shape.
+        return bool(batch_rules) and isinstance(_first_spec(batch_rules, path), Whole)
+
+    def batch_shardings(batch: Any) -> Any:
+        scale = strategy.data_shard()[1]
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: NamedSharding(mesh, batch_spec(match_path(path), _global_shape(path, leaf, scale))),
+            batch,
+        )
+
+    def _global_shape(path: tuple, leaf: Any, scale: int) -> tuple[int, ...]:
+        if scale == 1 or not leaf.shape or is_shared(match_path(path)):
+            return tuple(leaf.shape)
+        return (leaf.shape[0] * scale, *leaf.shape[1:])
+
+    def put_batch(batch: Any) -> Any:
+        if jax.process_count() == 1:
+            return jax.device_put(batch, batch_shardings(batch))
+        scale = strategy.data_shard()[1]
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf, sharding: jax.make_array_from_process_local_data(
+                sharding, leaf, _global_shape(path, leaf, scale)
+            ),
+            batch,
+            batch_shardings(batch),
+        )
+
+    def abstract_batch(batch: Any) -> Any:
+        scale = strategy.data_shard()[1]
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf, sharding: jax.ShapeDtypeStruct(
+                _global_shape(path, leaf, scale), leaf.dtype, sharding=sharding
+            ),
+            batch,
+            batch_shardings(batch),
+        )
+
+    def manual_axes(layout: Layout, num_microbatches: int) -> tuple[str, ...]:
+        splits = {axis for row in layout.rows if row.path.startswith("params/") for axis in axes_of(row.spec)}
+        # An axis that splits parameters stays the compiler's: made manual, it would gather every weight whole at entry.
+        axes = tuple(axis for axis in batch_axes if mesh.shape[axis] > 1 and axis not in splits)
+        return axes if num_microbatches > 1 else ()
+
+    def run_shards(fn: Callable, axes: tuple[str, ...], batch: Any) -> Callable:
+        inner = fn if AXIS_NAME in axes else _bind_axis_name(fn)
+        if not axes:
+            return inner
+        # Left to the compiler, cutting a split batch into microbatches gathers it, and every microbatch again.
+        specs = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _only(batch_spec(match_path(path), leaf.shape), axes), batch
+        )
+        return jax.shard_map(
+            inner,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), specs),
+            out_specs=PartitionSpec(),
+            axis_names=set(axes),
+            check_vma=False,
+        )
+
+    def constrain(array: Any, spec: PartitionSpec) -> Any:
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+    engine = Engine(
+        batch_spec,
+        put_batch,
+        abstract_batch,
+        functools.partial(_lower, mesh),
+        functools.partial(_prepare, mesh),
+        manual_axes,
+        run_shards,
+        constrain,
+    )
+    name = f"sharded({dict(mesh.shape)}, {len(rules)} list{'s' * (len(rules) != 1)} of rules)"
+    strategy = Strategy(name, mesh, AXIS_NAME, axis_sizes(mesh, batch_axes), rules, is_shared, engine)
+    return strategy
+
+
+def _split_batch(batch_axes: tuple[str, ...], leaf: Leaf, mesh: Mesh, so_far: PartitionSpec) -> PartitionSpec | None:
+    """The default for the batch: examples over the batch axes, the sequence over `context`."""
+    entries: list[Any] = [None] * len(leaf.shape)
+    free = tuple(axis for axis in batch_axes if axis not in axes_of(so_far))
+    if leaf.shape and so_far[0] is None and free:
+        entries[0] = free
+    if len(leaf.shape) > 1 and so_far[1] is None and "context" in mesh.shape and "context" not in axes_of(so_far):
+        entries[1] = "context"
+    return PartitionSpec(*entries)
+
+
+def _first_spec(rules: Rules, path: str) -> Any:
+    return next((spec for pattern, spec in rules if re.search(pattern, path)), None)
+
+
+def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """The spec with all axes but the given ones left out."""
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    return PartitionSpec(*(tuple(axis for axis in entry if axis in axes) or None for entry in entries))
+
+
+def _bind_axis_name(fn: Callable) -> Callable:
+    """`fn` with the axis name that a model may reduce over bound, to an axis of size 1: it sees the whole batch."""
+    bound = jax.vmap(fn, in_axes=None, out_axes=0, axis_name=AXIS_NAME, axis_size=1)
+    return lambda *args: jax.tree.map(lambda x: x[0], bound(*args))
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _lower(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> Any:
+    state_shardings, batch_shardings = _shardings(state), _shardings(batch)
+    jitted = jax.jit(
+        fn,
+        in_shardings=(state_shardings, batch_shardings),
+        # The state comes back as it went in: else the next call would compile again.
+        out_shardings=(state_shardings, None) if carries_state else None,
+        donate_argnums=(0,) if carries_state else (),
+        compiler_options=compiler_options,
+    )
+    with jax.set_mesh(mesh):
+        return jitted.lower(state, batch)
+
+
+def _prepare(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> StepFn:
+    return _lower(mesh, fn, state, batch, carries_state, compiler_options).compile()

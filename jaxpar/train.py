@@ -1,0 +1,289 @@
+"""`make_train_step`: the one train step that every strategy shares."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.dynamic_scale import DynamicScale
+from jax.sharding import PartitionSpec
+
+from jaxpar.batch import match_path
+from jaxpar.layout import Layout
+from jaxpar.loss import LossError, Weighted, call_model, grow, mean_value, read_loss, sum_values
+from jaxpar.state import StateError, Static, TrainState, join_params, leaf_path, split_params
+from jaxpar.strategy import Step, Strategy
+
+LossFn = Callable[[Any, Any, jax.Array], Any]
+_OWN_METRICS = ("loss", "grad_norm", "skipped")
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    strategy: Strategy,
+    *,
+    num_microbatches: int = 1,
+    compute_dtype: Any = None,
+    compiler_options: dict[str, Any] | None = None,
+) -> Step:
+    """Returns `train_step(state, batch) -> (state, metrics)`, which computes the same under every strategy.
+
+    The loss and its gradient are Σ total / Σ weight over all shards and microbatches; gradients are summed once a step
+    over each batch axis that splits no parameter. A step whose total weight is 0, or whose float16 gradients are not
+    finite, changes nothing but the step's number, and counts 1 in the metric `skipped`.
+
+    Args:
+      loss_fn: `loss_fn(model, batch, rng)` gives `(loss, metrics)`. The model is a live nnx module, or the linen
+        variables; a linen one that changes collections gives them third. The loss is a mean over the examples, a vector
+        of one value an example, or `jaxpar.Weighted(total, weight)`; so is each metric.
+      strategy: where to run it.
+      num_microbatches: into how many parts to cut the batch, run one after the other; part m is rows m::n.
+      compute_dtype: the dtype in which the model sees floating-point parameters, as `jnp.bfloat16`; they are kept, and
+        updated, in their own. `jnp.float16` needs `dynamic_scale` in the state.
+      compiler_options: XLA's, by name, for `jax.jit`.
+
+    Returns:
+      The step. It takes over the memory of its state. Metrics are `loss`, `grad_norm` (before any clipping) and the
+      function's own, with `skipped` where steps can be.
+
+    Raises:
+      ValueError: an argument that can't be; at the first call, a metric whose name is taken, rows that don't divide.
+
+    >>> import jaxpar
+    >>> from flax import nnx
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=-1))
+    >>> loss_fn = lambda model, batch, rng: (((model(batch["x"]) - 1) ** 2).mean(), {})
+    >>> init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(3, 1, rngs=nnx.Rngs(rng)), optax.sgd(0.1))
+    >>> state, step = strategy.init(init_fn, jax.random.key(0)), make_train_step(loss_fn, strategy)
+    >>> state, metrics = step(state, strategy.shard_batch({"x": [[1.0, 2.0, 3.0]] * 8}))
+    >>> sorted(metrics), int(state.step)
+    (['grad_norm', 'loss'], 1)
+    """
+    if isinstance(num_microbatches, bool) or not isinstance(num_microbatches, int) or num_microbatches < 1:
+        raise ValueError(f"num_microbatches is {num_microbatches!r}; give a whole number, 1 or more.")
+    if compute_dtype is not None and not jnp.issubdtype(compute_dtype, jnp.floating):
+        raise ValueError(f"compute_dtype is {compute_dtype!r}; give a floating-point dtype, as jnp.bfloat16, or None.")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is {loss_fn!r}; give a function loss_fn(model, batch, rng) -> (loss, metrics).")
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        _check_state(state, compute_dtype)
+        layout = strategy.layout(state)
+        axes = strategy.engine.manual_axes(layout, num_microbatches)
+
+        def sum_shard(carry: _Carry, batch: Any) -> _Gradients:
+            cast = _cast_params(state, layout, strategy, compute_dtype)
+            return _sum_gradients(
+                loss_fn,
+                state.static,
+                carry,
+                batch,
+                cast=cast,
+                axes=axes,
+                strategy=strategy,
+                constrain=_keep_split(layout, strategy),
+                num_microbatches=num_microbatches,
+            )
+
+        scale = None if state.dynamic_scale is None else state.dynamic_scale.scale
+        carry = _Carry(
+            *split_params(state.params, state.static.frozen), state.model_state, state.rng, state.step, scale
+        )
+        return _update(state, strategy.engine.run_shards(sum_shard, axes, batch)(carry, batch))
+
+    return Step(strategy, train_step, num_microbatches=num_microbatches, compiler_options=compiler_options)
+
+
+class _Carry(NamedTuple):
+    """What of a state the gradients depend on."""
+
+    trained: Any
+    frozen: Any
+    model_state: Any
+    rng: jax.Array
+    step: jax.Array
+    scale: jax.Array | None
+
+
+class _Gradients(NamedTuple):
+    """Sums over the batch: of gradients, and of the loss and metrics as `Weighted`; and the model's state after it."""
+
+    gradients: Any
+    values: Any
+    model_state: Any
+
+
+def _sum_gradients(
+    loss_fn: LossFn,
+    static: Static,
+    carry: _Carry,
+    batch: Any,
+    *,
+    cast: Callable,
+    constrain: Callable,
+    axes: tuple[str, ...],
+    strategy: Strategy,
+    num_microbatches: int,
+) -> _Gradients:
+    """The sums over the rows that this call sees, and then over the other shards: `axes`, or the compiler's own affair."""
+    shards = math.prod(jax.lax.axis_size(axis) for axis in axes)
+    device = (jax.lax.axis_index(axes),) if axes else ()
+
+    def one_microbatch(model_state: Any, number: Any, rows: Any) -> _Gradients:
+        def objective(trained: Any) -> tuple[jax.Array, Any]:
+            params = cast(join_params(trained, carry.frozen))
+
+            def call(rows: Any, extra: tuple) -> tuple[Any, Any]:
+                keys = (carry.rng, carry.step, number, *device, *extra)
+                result, after = call_model(loss_fn, static, params, model_state, rows, keys)
+                loss, metrics, _ = read_loss(result)
+                _check_metrics(metrics)
+                return {**metrics, "loss": loss}, after
+
+            values, after = sum_values(
+                call, rows, model_state, fraction=1 / (shards * num_microbatches), is_shared=strategy.shared
+            )
+            total = values["loss"].total
+            return (total if carry.scale is None else total * carry.scale), (values, after)
+
+        gradients, (values, after) = jax.grad(objective, has_aux=True)(carry.trained)
+        return _Gradients(constrain(gradients), values, after)
+
+    if num_microbatches == 1:
+        sums = one_microbatch(carry.model_state, 0, batch)
+    else:
+        sums = _accumulate(one_microbatch, carry, batch, constrain, strategy.shared, num_microbatches)
+    if not axes:
+        return sums
+    # The one reduction of the step. Everything above is a part of a sum, so nothing is left to divide by.
+    gradients, values = jax.lax.psum((sums.gradients, sums.values), axes)
+    average = lambda leaf: jax.lax.pmean(leaf, axes) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+    return _Gradients(gradients, values, jax.tree.map(average, sums.model_state))
+
+
+def _accumulate(
+    one_microbatch: Callable,
+    carry: _Carry,
+    batch: Any,
+    constrain: Callable,
+    is_shared: Callable[[str], bool],
+    num_microbatches: int,
+) -> _Gradients:
+    """The sums over the microbatches, one after the other; microbatch m is rows m::n, so that no row moves."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
+    cut = [bool(leaf.ndim) and not is_shared(match_path(path)) for path, leaf in leaves]
+    stacked = [
+        jnp.moveaxis(leaf.reshape(-1, num_microbatches, *leaf.shape[1:]), 1, 0)
+        for (_, leaf), rows in zip(leaves, cut, strict=True)
+        if rows
+    ]
+
+    def body(before: tuple[Any, Any], part: tuple[jax.Array, list[jax.Array]]) -> tuple[tuple[Any, Any], Any]:
+        (gradients, model_state), (number, arrays) = before, part
+        parts = iter(arrays)
+        rows = [next(parts) if is_cut else leaf for (_, leaf), is_cut in zip(leaves, cut, strict=True)]
+        sums = one_microbatch(model_state, number, jax.tree.unflatten(treedef, rows))
+        gradients = jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, sums.gradients)
+        return (constrain(gradients), sums.model_state), sums.values
+
+    zeros = constrain(jax.tree.map(lambda leaf: jnp.zeros_like(grow(leaf)), carry.trained))
+    (gradients, model_state), values = jax.lax.scan(
+        body, (zeros, carry.model_state), (jnp.arange(num_microbatches), stacked)
+    )
+    return _Gradients(gradients, jax.tree.map(lambda leaf: leaf.sum(0), values), model_state)
+
+
+def _update(state: TrainState, sums: _Gradients) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after the optimizer's step, and the metrics."""
+    weight = sums.values["loss"].weight
+    trained, frozen = split_params(state.params, state.static.frozen)
+    factor, take = None, None
+    if weight is not None:
+        take = weight != 0
+        factor = jnp.where(take, 1 / jnp.where(take, weight, 1), 0)
+    gradients, dynamic_scale = sums.gradients, state.dynamic_scale
+    if dynamic_scale is not None:
+        factor = (1 if factor is None else factor) / dynamic_scale.scale
+    if factor is not None:
+        gradients = jax.tree.map(lambda leaf: grow(leaf) * factor, gradients)
+    if dynamic_scale is not None:
+        finite = jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]))
+        take = finite if take is None else take & finite
+        dynamic_scale = _next_scale(dynamic_scale, finite)
+    metrics = {
+        name: jax.tree.map(mean_value, value, is_leaf=lambda node: isinstance(node, Weighted))
+        for name, value in sums.values.items()
+    }
+    metrics["grad_norm"] = optax.tree.norm(jax.tree.map(grow, gradients))
+    gradients = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradients, trained)
+    optimizer = optax.with_extra_args_support(state.static.tx)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained, value=metrics["loss"])
+    after = (optax.apply_updates(trained, updates), opt_state, sums.model_state)
+    if take is not None:
+        before = (trained, state.opt_state, state.model_state)
+        after = jax.tree.map(lambda new, old: jnp.where(take, new, old), after, before)
+        metrics["skipped"] = 1.0 - take.astype(jnp.float32)
+    trained, opt_state, model_state = after
+    return state.replace(
+        step=state.step + 1,
+        params=join_params(trained, frozen),
+        opt_state=opt_state,
+        model_state=model_state,
+        dynamic_scale=dynamic_scale,
+    ), metrics
+
+
+def _next_scale(dynamic_scale: DynamicScale, finite: jax.Array) -> DynamicScale:
+    """Flax's own rule for the next scale, told of all gradients by one number that is finite if they all are."""
+    probe = jnp.where(finite, 1.0, jnp.nan)
+    return dynamic_scale.value_and_grad(lambda x: x * probe)(1.0)[0]
+
+
+def _cast_params(state: TrainState, layout: Layout, strategy: Strategy, compute_dtype: Any) -> Callable[[Any], Any]:
+    """What gives the model its parameters in the compute dtype, still split, so that what is gathered is as narrow."""
+    if compute_dtype is None:
+        return lambda params: params
+    specs = _param_specs(layout)
+
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return strategy.engine.constrain(leaf.astype(compute_dtype), specs["params/" + leaf_path(path)])
+
+    return lambda params: jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _keep_split(layout: Layout, strategy: Strategy) -> Callable[[Any], Any]:
+    """What keeps gradients split as their parameters are, while they are summed."""
+    specs = _param_specs(layout)
+
+    def keep(path: tuple, leaf: jax.Array) -> jax.Array:
+        spec = specs["params/" + leaf_path(path)]
+        return strategy.engine.constrain(leaf, spec) if any(spec) else leaf
+
+    return lambda gradients: jax.tree_util.tree_map_with_path(keep, gradients)
+
+
+def _param_specs(layout: Layout) -> dict[str, PartitionSpec]:
+    return {row.path: row.spec for row in layout.rows if row.path.startswith("params/")}
+
+
+def _check_state(state: Any, compute_dtype: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise StateError(f"The state is a {type(state).__name__}; the train step takes a jaxpar.TrainState.")
+    if compute_dtype is not None and jnp.dtype(compute_dtype) == jnp.float16 and state.dynamic_scale is None:
+        raise StateError(
+            "compute_dtype is float16, but the state has no dynamic_scale: its gradients would underflow. Create "
+            "it with TrainState.create(..., dynamic_scale=flax.training.dynamic_scale.DynamicScale())."
+        )
+
+
+def _check_metrics(metrics: Any) -> None:
+    taken = sorted(set(metrics) & set(_OWN_METRICS))
+    if taken:
+        raise LossError(
+            f"loss_fn returned metrics named {taken}, which the step gives itself ({', '.join(_OWN_METRICS)}); rename "
+            "them."
+        )
