@@ -1,6 +1,8 @@
 """jaxpar: write the train step once in plain Flax, and parallelise it by changing one line."""
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     )
     from jaxpar.sharded import sharded as sharded
     from jaxpar.state import StateError as StateError, TrainState as TrainState
-    from jaxpar.strategy import RecompileWarning as RecompileWarning, Step as Step, Strategy as Strategy
+    from jaxpar.step import RecompileWarning as RecompileWarning, Step as Step
+    from jaxpar.strategy import Strategy as Strategy
     from jaxpar.train import make_train_step as make_train_step
 
 __version__ = "0.1.0"
@@ -38,7 +41,8 @@ _HOME = {
     "rules": ("FSDP", "MEGATRON", "ZERO1", "fsdp", "megatron", "zero1"),
     "sharded": ("sharded",),
     "state": ("StateError", "TrainState"),
-    "strategy": ("RecompileWarning", "Step", "Strategy"),
+    "step": ("RecompileWarning", "Step"),
+    "strategy": ("Strategy",),
     "train": ("make_train_step",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -54,6 +58,18 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"jaxpar.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Package(types.ModuleType):
+    """This package: a function keeps its name though the module it lives in has the same."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python sets a package's attribute to each submodule it imports: jaxpar.sharded would become the module.
+        if not (name in _MODULE_OF and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.mesh import MeshError
 from jaxpar.state import named_leaves
-from jaxpar.strategy import Engine, StepFn, Strategy
+from jaxpar.step import Engine, StepFn
+from jaxpar.strategy import Strategy
 
 
 class DriftError(ValueError):

@@ -14,7 +14,8 @@ from jaxpar.batch import BatchError, count_rows, pad_rows, read_batch
 from jaxpar.layout import Layout
 from jaxpar.loss import Weighted, call_model, grow, mean_value, sum_values
 from jaxpar.state import StateError, TrainState, leaf_path
-from jaxpar.strategy import Step, Strategy
+from jaxpar.step import Step
+from jaxpar.strategy import Strategy
 
 
 @struct.dataclass

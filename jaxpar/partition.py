@@ -100,7 +100,7 @@ def match_leaf(leaf: Leaf, lists: Sequence[Rules], mesh: Mesh, annotation: Parti
     >>> import jaxpar
     >>> P, mesh = PartitionSpec, jaxpar.make_mesh(data=2, model=4)
     >>> match_leaf(Leaf("params/up/kernel", (16, 64), "float32"), [[("kernel$", P(None, "model"))]], mesh).spec
-    PartitionSpec(None, 'model')
+    P(None, 'model')
     """
     fill = _Fill(leaf, mesh)
     if annotation is not None:

@@ -12,7 +12,8 @@ from jaxpar.batch import match_path
 from jaxpar.layout import Layout
 from jaxpar.mesh import BATCH_AXES, axis_sizes, check_mesh
 from jaxpar.partition import Leaf, Rules, Whole, axes_of, check_rules, match_leaf
-from jaxpar.strategy import Engine, StepFn, Strategy
+from jaxpar.step import Engine, StepFn
+from jaxpar.strategy import Strategy
 
 AXIS_NAME = "data"
 

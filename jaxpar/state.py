@@ -37,6 +37,10 @@ class Static:
     annotations: tuple[tuple[str, PartitionSpec], ...] = ()
     rng_collections: frozenset[str] = frozenset()
 
+    def __hash__(self) -> int:
+        # The graphdef's own hash walks the whole module: too dear for every step. Equality still compares it.
+        return hash((self.tx, self.frozen))
+
 
 @struct.dataclass
 class TrainState:

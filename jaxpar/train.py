@@ -14,7 +14,8 @@ from jaxpar.batch import match_path
 from jaxpar.layout import Layout
 from jaxpar.loss import LossError, Weighted, call_model, grow, mean_value, read_loss, sum_values
 from jaxpar.state import StateError, Static, TrainState, join_params, leaf_path, split_params
-from jaxpar.strategy import Step, Strategy
+from jaxpar.step import Step
+from jaxpar.strategy import Strategy
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
 _OWN_METRICS = ("loss", "grad_norm", "skipped")

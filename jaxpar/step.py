@@ -1,0 +1,201 @@
+"""`Step`: a function compiled for a strategy, and what it checks of its arguments before any compile."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxpar.batch import BatchError, match_path, name_leaf
+from jaxpar.layout import Layout
+from jaxpar.state import StateError, TrainState, named_leaves
+
+if TYPE_CHECKING:
+    from jaxpar.strategy import Strategy
+
+StepFn = Callable[[Any, Any], Any]
+
+
+class RecompileWarning(UserWarning):
+    """A batch of another shape made a step compile again."""
+
+
+class Engine(NamedTuple):
+    """What differs between the two views of a step: `jit` over a mesh, and `pmap`.
+
+    Attributes:
+      batch_spec: `(path, shape)` of a batch leaf -> the spec of its dims.
+      put_batch: a read and checked batch -> its arrays on the devices.
+      abstract_batch: a read and checked batch -> the shapes and shardings that `put_batch` would give.
+      lower: `(fn, state, batch, carries_state, compiler_options)` -> `jax.stages.Lowered`.
+      prepare: the same -> the callable that runs it.
+      manual_axes: `(layout, num_microbatches)` -> the axes over which a step must reduce what it sums: those of which it
+        sees one shard. None where the compiler reduces.
+      run_shards: `(fn, manual axes, batch)` -> `fn(carry, batch)` as each of those shards runs it.
+      constrain: `(array, spec)` -> the array, kept so inside a step.
+      example_dims: how many leading dims of a placed leaf hold its examples: 1, or 2 as (shards, rows of one).
+    """
+
+    batch_spec: Callable[[str, tuple[int, ...]], PartitionSpec]
+    put_batch: Callable[[Any], Any]
+    abstract_batch: Callable[[Any], Any]
+    lower: Callable[..., Any]
+    prepare: Callable[..., StepFn]
+    manual_axes: Callable[[Layout, int], tuple[str, ...]]
+    run_shards: Callable[[Callable, tuple[str, ...], Any], Callable]
+    constrain: Callable[[Any, PartitionSpec], Any]
+    example_dims: int = 1
+
+
+class Step:
+    """A step compiled for a strategy: call it with `(state, batch)`, the batch as `shard_batch` gives it.
+
+    The first call compiles; one with a batch of another shape compiles again, with a `RecompileWarning`.
+
+    Attributes:
+      strategy: the strategy.
+      fn: the function that was compiled.
+    """
+
+    def __init__(
+        self,
+        strategy: "Strategy",
+        fn: StepFn,
+        *,
+        carries_state: bool = True,
+        num_microbatches: int = 1,
+        compiler_options: dict[str, Any] | None = None,
+    ):
+        self.strategy, self.fn = strategy, fn
+        self._carries_state, self._num_microbatches, self._compiler_options = (
+            carries_state,
+            num_microbatches,
+            compiler_options,
+        )
+        self._runs: dict[Any, StepFn] = {}
+        self._shapes: dict[Any, Any] = {}
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        kind = state.static if type(state) is TrainState else jax.tree.structure(state)
+        leaves, treedef = jax.tree.flatten(batch)
+        try:
+            key = kind, treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+        except AttributeError:
+            raise _not_placed(batch) from None
+        run = self._runs.get(key)
+        if run is None:
+            run = self._prepare(state, batch, key)
+        try:
+            return run(state, batch)
+        except Exception as error:
+            raise self._explain(state, batch, error) from error
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        """Returns `jax.stages.Lowered` for a state and a raw global batch, arrays or shapes: for `.compile()` or text."""
+        batch = self.strategy.abstract_batch(batch)
+        self._check_rows(batch)
+        return self.strategy.engine.lower(self.fn, state, batch, self._carries_state, self._compiler_options)
+
+    def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
+        self._check_batch(batch)
+        self._check_state(state)
+        self._check_rows(batch)
+        start = time.perf_counter()
+        run = self.strategy.engine.prepare(self.fn, state, batch, self._carries_state, self._compiler_options)
+        seconds = time.perf_counter() - start
+        before = self._shapes.get(key[:2])
+        if before is not None:
+            name, old, new = _first_change(batch, before)
+            warnings.warn(
+                f"Batch leaf {name} changed from {old} to {new}: the step compiled again, in {seconds:.1f} s. Pad "
+                "with jaxpar.pad_batch to keep one shape.",
+                RecompileWarning,
+                stacklevel=3,
+            )
+        self._runs[key], self._shapes[key[:2]] = run, key[2]
+        return run
+
+    def _check_batch(self, batch: Any) -> None:
+        mesh_devices = set(self.strategy.mesh.devices.flat)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+            if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != mesh_devices:
+                raise _not_placed(batch, name_leaf(path))
+
+    def _check_state(self, state: Any) -> None:
+        mesh_devices = set(self.strategy.mesh.devices.flat)
+        for path, leaf in named_leaves(state):
+            devices = leaf.sharding.device_set if isinstance(leaf, jax.Array) else set()
+            if devices != mesh_devices:
+                raise StateError(
+                    f"State leaf {path!r} lies on {len(devices)} devices, but {self.strategy.name} uses "
+                    f"{len(mesh_devices)}; make the state with strategy.init, or strategy.place(state)."
+                )
+        if isinstance(state, TrainState):
+            for row, leaf, sharding in zip(*_layout_parts(self.strategy.layout(state), state), strict=True):
+                if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+                    raise StateError(
+                        f"State leaf {row.path!r} is laid out as {_spec_text(leaf.sharding)}, but "
+                        f"{self.strategy.name} lays it out as {row.spec}; use strategy.place(state)."
+                    )
+
+    def _check_rows(self, batch: Any) -> None:
+        strategy, count = self.strategy, self._num_microbatches
+        if count == 1:
+            return
+        rows = _global_rows(strategy, batch)
+        unit = strategy.num_shards * count
+        if rows % unit:
+            raise BatchError(
+                f"The batch has {rows} examples, which do not divide by {strategy.num_shards} shards x {count} "
+                f"microbatches = {unit}; pad to {rows - rows % unit + unit} with jaxpar.pad_batch."
+            )
+
+    def _explain(self, state: Any, batch: Any, error: Exception) -> Exception:
+        """A named error where the state or batch is to blame; the error itself where not."""
+        for path, leaf in named_leaves((state, batch)) if "deleted" in str(error) else ():
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                return StateError(
+                    f"Leaf {path!r} of (state, batch) was given up to an earlier call of the step, which takes "
+                    "over its state's memory; use the state that the call returned."
+                )
+        try:
+            self._check_batch(batch)
+            self._check_state(state)
+        except (BatchError, StateError) as named:
+            return named
+        return error
+
+
+def _layout_parts(layout: Layout, state: Any) -> tuple[Sequence[Any], ...]:
+    return layout.rows, jax.tree.leaves(state), layout.shardings
+
+
+def _spec_text(sharding: Any) -> str:
+    return str(getattr(sharding, "spec", sharding))
+
+
+def _global_rows(strategy: "Strategy", batch: Any) -> int:
+    dims = strategy.engine.example_dims
+    return next(
+        math.prod(leaf.shape[:dims])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+        if leaf.ndim >= dims and not strategy.shared(match_path(path))
+    )
+
+
+def _first_change(batch: Any, before: Sequence[tuple[tuple[int, ...], Any]]) -> tuple[str, Any, Any]:
+    for (path, leaf), (shape, dtype) in zip(jax.tree_util.tree_leaves_with_path(batch), before, strict=True):
+        if leaf.shape != shape or leaf.dtype != dtype:
+            return name_leaf(path), f"{shape} {dtype}", f"{leaf.shape} {leaf.dtype}"
+    return "(none)", "", ""
+
+
+def _not_placed(batch: Any, name: str | None = None) -> BatchError:
+    if name is None:
+        name = next(
+            name_leaf(path) for path, leaf in jax.tree_util.tree_leaves_with_path(batch) if not hasattr(leaf, "dtype")
+        )
+    return BatchError(f"Batch leaf {name} does not lie on the strategy's devices; pass strategy.shard_batch(batch).")
