@@ -6,25 +6,48 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxpar import rules as rules, testing as testing
-    from jaxpar.batch import BatchError as BatchError, pad_batch as pad_batch
-    from jaxpar.data_parallel import DriftError as DriftError, data_parallel as data_parallel
-    from jaxpar.evaluation import evaluate as evaluate, make_eval_step as make_eval_step
-    from jaxpar.layout import Layout as Layout, LayoutRow as LayoutRow
-    from jaxpar.loss import LossError as LossError, Weighted as Weighted
-    from jaxpar.mesh import AXES as AXES, MeshError as MeshError, fake_devices as fake_devices, make_mesh as make_mesh
-    from jaxpar.partition import WHOLE as WHOLE, Leaf as Leaf, PartitionError as PartitionError
+    from jaxpar import rules as rules
+    from jaxpar import testing as testing
+    from jaxpar.batch import BatchError as BatchError
+    from jaxpar.batch import pad_batch as pad_batch
+    from jaxpar.data_parallel import DriftError as DriftError
+    from jaxpar.data_parallel import data_parallel as data_parallel
+    from jaxpar.evaluation import evaluate as evaluate
+    from jaxpar.evaluation import make_eval_step as make_eval_step
+    from jaxpar.layout import Layout as Layout
+    from jaxpar.layout import LayoutRow as LayoutRow
+    from jaxpar.loss import LossError as LossError
+    from jaxpar.loss import Weighted as Weighted
+    from jaxpar.mesh import AXES as AXES
+    from jaxpar.mesh import MeshError as MeshError
+    from jaxpar.mesh import fake_devices as fake_devices
+    from jaxpar.mesh import make_mesh as make_mesh
+    from jaxpar.partition import WHOLE as WHOLE
+    from jaxpar.partition import Leaf as Leaf
+    from jaxpar.partition import PartitionError as PartitionError
     from jaxpar.rules import (
         FSDP as FSDP,
+    )
+    from jaxpar.rules import (
         MEGATRON as MEGATRON,
+    )
+    from jaxpar.rules import (
         ZERO1 as ZERO1,
+    )
+    from jaxpar.rules import (
         fsdp as fsdp,
+    )
+    from jaxpar.rules import (
         megatron as megatron,
+    )
+    from jaxpar.rules import (
         zero1 as zero1,
     )
     from jaxpar.sharded import sharded as sharded
-    from jaxpar.state import StateError as StateError, TrainState as TrainState
-    from jaxpar.step import RecompileWarning as RecompileWarning, Step as Step
+    from jaxpar.state import StateError as StateError
+    from jaxpar.state import TrainState as TrainState
+    from jaxpar.step import RecompileWarning as RecompileWarning
+    from jaxpar.step import Step as Step
     from jaxpar.strategy import Strategy as Strategy
     from jaxpar.train import make_train_step as make_train_step
 

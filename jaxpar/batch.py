@@ -61,7 +61,7 @@ def count_rows(batch: Any, is_shared: Callable[[str], bool] = lambda path: False
 
 
 def pad_batch(batch: Mapping[str, Any], multiple: int) -> dict[str, Any]:
-    """Returns the batch with rows added up to the next multiple, and a float32 leaf `example_weight`: 1, and 0 for those.
+    """Returns the batch with rows added up to the next multiple, and a float32 leaf `example_weight`, 0 for them.
 
     Train and eval steps multiply the weights in, and loss functions don't see them, so that padding counts for nothing.
     The rows added repeat the last one: they hold valid data, so that no NaN arises in them.
@@ -86,7 +86,7 @@ def pad_batch(batch: Mapping[str, Any], multiple: int) -> dict[str, Any]:
 def pad_rows(
     batch: Mapping[str, Any], target: int, is_shared: Callable[[str], bool] = lambda path: False
 ) -> dict[str, Any]:
-    """Returns the batch padded to `target` rows, as `pad_batch` does; leaves that `is_shared` names keep their shape."""
+    """Returns the batch padded to `target` rows, as `pad_batch` does, but for the leaves that `is_shared` names."""
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"The batch is a {type(batch).__name__}; padding adds the leaf {EXAMPLE_WEIGHT!r}, so give a dict, as "

@@ -11,11 +11,10 @@ from flax import struct
 from jax.experimental import multihost_utils
 
 from jaxpar.batch import BatchError, count_rows, pad_rows, read_batch
-from jaxpar.layout import Layout
 from jaxpar.loss import Weighted, call_model, grow, mean_value, sum_values
-from jaxpar.state import StateError, TrainState, leaf_path
+from jaxpar.state import StateError, TrainState
 from jaxpar.step import Step
-from jaxpar.strategy import Strategy
+from jaxpar.strategy import Strategy, cast_params
 
 
 @struct.dataclass
@@ -26,6 +25,7 @@ class _Shape:
     is_rows: tuple[bool, ...] = struct.field(pytree_node=False)
 
     def join(self, sums: list[Any], rows: list[Any]) -> Any:
+        """The nest that the function returned."""
         sums_left, rows_left = iter(sums), iter(rows)
         return jax.tree.unflatten(self.treedef, [next(rows_left if kept else sums_left) for kept in self.is_rows])
 
@@ -41,6 +41,7 @@ class EvalStep:
         self.strategy, self._step = strategy, step
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
+        """Returns what the function gives for a placed batch: means over its examples, and rows as they are."""
         sums, rows, shape = self._step(state, batch)
         return shape.join([mean_value(value) for value in sums], [self._as_rows(leaf) for leaf in rows])
 
@@ -49,7 +50,7 @@ class EvalStep:
         return self._step.lower(state, batch)
 
     def sum_batch(self, state: TrainState, batch: Any, num_rows: int) -> Any:
-        """Returns a `Weighted` for each value: its sum over a placed batch of `num_rows` examples, and what it weighs."""
+        """Returns a `Weighted` for each value: its sum over a placed batch of `num_rows` rows, and what it weighs."""
         sums, rows, shape = self._step(state, batch)
         sums = [
             Weighted(value.total * num_rows, num_rows if value.weight is None else value.weight * num_rows)
@@ -106,7 +107,7 @@ def make_eval_step(
 
         def sum_shard(state: TrainState, batch: Any) -> tuple[list[Any], list[Any], _Shape]:
             device = (jax.lax.axis_index(axes),) if axes else ()
-            params = _cast(state.params, layout, strategy, compute_dtype)
+            params = cast_params(state.params, layout, strategy, compute_dtype)
 
             def call(rows: Any, extra: tuple) -> tuple[Any, Any]:
                 keys = (state.rng, state.step, 0, *device, *extra)
@@ -128,7 +129,7 @@ def make_eval_step(
 
 
 def evaluate(eval_step: EvalStep, state: TrainState, batches: Iterable[Any]) -> Any:
-    """Returns the mean of each value of an eval step over all examples of a data set, as floats, alike in every process.
+    """Returns each value of an eval step, averaged over all examples of a data set: floats, alike in every process.
 
     Values of one an example, and scalars by their rows, are averaged over the examples; `Weighted` ones by their
     weights. A batch whose rows don't divide, or with fewer rows than the first, is padded with examples that weigh
@@ -202,18 +203,3 @@ def _weightless(batch: Any) -> Any:
     if batch is None:
         raise BatchError("This process has no batch while others have; give each at least one.")
     return {**batch, "example_weight": np.zeros(count_rows(read_batch(batch)), np.float32)}
-
-
-def _cast(params: Any, layout: Layout, strategy: Strategy, compute_dtype: Any) -> Any:
-    """The parameters in the compute dtype, still split as they are."""
-    if compute_dtype is None:
-        return params
-    specs = {row.path: row.spec for row in layout.rows}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            strategy.engine.constrain(leaf.astype(compute_dtype), specs["params/" + leaf_path(path)])
-            if jnp.issubdtype(leaf.dtype, jnp.floating)
-            else leaf
-        ),
-        params,
-    )

@@ -19,7 +19,7 @@ _MUST_SPLIT = {
 
 
 class LayoutRow(NamedTuple):
-    """One leaf: canonical path, global shape, dtype, spec, the rule that gave it, bytes on each device, and a remark."""
+    """One leaf: canonical path, global shape, dtype, spec, the rule that gave it, bytes on a device, and a remark."""
 
     path: str
     shape: tuple[int, ...]

@@ -35,7 +35,7 @@ class LossError(TypeError):
 
 
 def read_loss(result: Any) -> tuple[Any, Mapping[str, Any], Mapping[str, Any] | None]:
-    """Returns `(loss, metrics, updates)` from what a loss function gave: those three, the first two, or a loss alone."""
+    """Returns `(loss, metrics, updates)` from what a loss function gave: all three, the first two, or a loss alone."""
     parts = result if isinstance(result, tuple) else (result, {})
     if len(parts) not in (2, 3):
         raise LossError(

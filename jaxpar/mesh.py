@@ -1,5 +1,6 @@
 """Meshes: the axis names, their one order, and the devices on them; changes with hardware and `jax.sharding.Mesh`."""
 
+import contextlib
 import difflib
 import math
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,8 @@ def make_mesh(spec: str | None = None, *, devices: Sequence[jax.Device] | None =
     {'data': 2, 'model': 4}
     >>> make_mesh("data=3,model=2")
     Traceback (most recent call last):
-    jaxpar.mesh.MeshError: Mesh axes {'data': 3, 'model': 2} use 6 devices, but 8 are available; sizes must multiply to \
-the device count. Pass devices=jax.devices()[:6] for a part of them.
+    jaxpar.mesh.MeshError: Mesh axes {'data': 3, 'model': 2} use 6 devices, but 8 are available; sizes must multiply \
+to the device count. Pass devices=jax.devices()[:6] for a part of them.
     """
     if spec is not None:
         sizes = _parse_sizes(spec, sizes)
@@ -101,10 +102,9 @@ def fake_devices(count: int = 8) -> list[jax.Device]:
     >>> len(fake_devices(8))
     8
     """
-    try:
+    # Once JAX has started it refuses; that is right if it did so with enough devices, which the count below tells.
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # JAX has started: right if it did so with enough devices, which the count below tells.
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise MeshError(
@@ -115,7 +115,7 @@ def fake_devices(count: int = 8) -> list[jax.Device]:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """Returns ` (nearest: 'x')` for the spelling in `names` closest to `name`, or nothing: an end for an error's subject.
+    """Returns ` (nearest: 'x')` for the spelling in `names` closest to `name`, or nothing: an error's aside.
 
     >>> nearest("modle", AXES)
     " (nearest: 'model')"

@@ -43,7 +43,7 @@ class Leaf(NamedTuple):
 
 # A function may also give a sentence: why it leaves the leaf as it is. The layout shows it.
 SpecFn = Callable[[Leaf, Mesh, PartitionSpec], PartitionSpec | Whole | str | None]
-Rule = tuple[str, PartitionSpec | Whole | None | SpecFn]
+Rule = tuple[str, PartitionSpec | Whole | SpecFn | None]
 Rules = Sequence[Rule]
 
 
@@ -66,7 +66,7 @@ class Match(NamedTuple):
 
 
 def check_rules(lists: Sequence[Rules], mesh: Mesh) -> None:
-    """Raises PartitionError for a list that isn't `(regex, spec)` pairs, or a spec that names an axis the mesh lacks."""
+    """Raises PartitionError for a list that isn't `(regex, spec)` pairs, or a spec with an axis that the mesh lacks."""
     for rules in lists:
         if isinstance(rules, str) or not isinstance(rules, Sequence):
             raise PartitionError(

@@ -13,7 +13,7 @@ _HEADS = ("query", "key", "value")
 
 
 def fsdp(*, axis: str = "fsdp", min_size: int = 128) -> list[Rule]:
-    """Returns the rules of fully sharded data parallelism: each leaf is split along its largest open dim that divides.
+    """Returns the rules of fully sharded data parallelism: each leaf split along its largest open dim that divides.
 
     Parameters and optimizer state both; weights are gathered where a layer needs them (ZeRO stage 3, Rajbhandari et al.
     2020, https://arxiv.org/abs/1910.02054). A stack of scanned layers is never split along its layers.
@@ -48,8 +48,8 @@ def megatron(*, column: Sequence[str] = (), row: Sequence[str] = (), axis: str =
 
     A pair of layers is split so that one all-reduce follows the second (Shoeybi et al. 2019,
     https://arxiv.org/abs/1909.08053). Dims are counted from the right, so a scanned stack of layers is split alike.
-    Attention is known by Flax's `query`, `key`, `value`, `out`; an MLP by `up`, `gate`, `fc1`, `wi` (column) and `down`,
-    `fc2`, `wo` (row). Any other kernel stays whole, as do heads that don't divide, and the layout says so.
+    Attention is known by Flax's `query`, `key`, `value`, `out`; an MLP by `up`, `gate`, `fc1`, `wi` (column) and
+    `down`, `fc2`, `wo` (row). Any other kernel stays whole, as do heads that don't divide, and the layout says so.
 
     Args:
       column: more layers' names whose output features are split.

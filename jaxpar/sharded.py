@@ -21,8 +21,8 @@ AXIS_NAME = "data"
 def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
     """Returns the strategy that lays the state out on `mesh` by rules, and runs steps with `jax.jit`.
 
-    Data, model, hybrid, FSDP and ZeRO are one strategy with different rules. By default dim 0 of the batch is split over
-    those of the axes `data`, `fsdp` and `expert` that the mesh has, dim 1 over `context`; scalars are replicated.
+    Data, model, hybrid, FSDP and ZeRO are one strategy with different rules. By default dim 0 of the batch is split
+    over those of the axes `data`, `fsdp` and `expert` that the mesh has, dim 1 over `context`; scalars are replicated.
 
     Args:
       mesh: from `make_mesh`, or your own with the axes in jaxpar's order.

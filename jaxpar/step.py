@@ -32,8 +32,8 @@ class Engine(NamedTuple):
       abstract_batch: a read and checked batch -> the shapes and shardings that `put_batch` would give.
       lower: `(fn, state, batch, carries_state, compiler_options)` -> `jax.stages.Lowered`.
       prepare: the same -> the callable that runs it.
-      manual_axes: `(layout, num_microbatches)` -> the axes over which a step must reduce what it sums: those of which it
-        sees one shard. None where the compiler reduces.
+      manual_axes: `(layout, num_microbatches)` -> the axes over which a step must reduce what it sums, since it sees
+        one shard of them; none where the compiler reduces.
       run_shards: `(fn, manual axes, batch)` -> `fn(carry, batch)` as each of those shards runs it.
       constrain: `(array, spec)` -> the array, kept so inside a step.
       example_dims: how many leading dims of a placed leaf hold its examples: 1, or 2 as (shards, rows of one).
@@ -70,15 +70,14 @@ class Step:
         compiler_options: dict[str, Any] | None = None,
     ):
         self.strategy, self.fn = strategy, fn
-        self._carries_state, self._num_microbatches, self._compiler_options = (
-            carries_state,
-            num_microbatches,
-            compiler_options,
-        )
+        self._carries_state, self._num_microbatches = carries_state, num_microbatches
+        self._compiler_options = compiler_options
         self._runs: dict[Any, StepFn] = {}
         self._shapes: dict[Any, Any] = {}
+        self._state_shapes: dict[Any, Any] = {}
 
     def __call__(self, state: Any, batch: Any) -> Any:
+        """Returns what the function does, for a state and a batch that lie on the strategy's devices."""
         kind = state.static if type(state) is TrainState else jax.tree.structure(state)
         leaves, treedef = jax.tree.flatten(batch)
         try:
@@ -91,10 +90,13 @@ class Step:
         try:
             return run(state, batch)
         except Exception as error:
-            raise self._explain(state, batch, error) from error
+            named = self._explain(state, batch, self._state_shapes[kind], error)
+            if named is None:
+                raise
+            raise named from error
 
     def lower(self, state: Any, batch: Any) -> Any:
-        """Returns `jax.stages.Lowered` for a state and a raw global batch, arrays or shapes: for `.compile()` or text."""
+        """Returns `jax.stages.Lowered` for a state and a raw global batch, arrays or shapes."""
         batch = self.strategy.abstract_batch(batch)
         self._check_rows(batch)
         return self.strategy.engine.lower(self.fn, state, batch, self._carries_state, self._compiler_options)
@@ -116,6 +118,7 @@ class Step:
                 stacklevel=3,
             )
         self._runs[key], self._shapes[key[:2]] = run, key[2]
+        self._state_shapes[key[0]] = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
         return run
 
     def _check_batch(self, batch: Any) -> None:
@@ -134,10 +137,11 @@ class Step:
                     f"{len(mesh_devices)}; make the state with strategy.init, or strategy.place(state)."
                 )
         if isinstance(state, TrainState):
-            for row, leaf, sharding in zip(*_layout_parts(self.strategy.layout(state), state), strict=True):
+            layout = self.strategy.layout(state)
+            for row, leaf, sharding in zip(layout.rows, jax.tree.leaves(state), layout.shardings, strict=True):
                 if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
                     raise StateError(
-                        f"State leaf {row.path!r} is laid out as {_spec_text(leaf.sharding)}, but "
+                        f"State leaf {row.path!r} is laid out as {getattr(leaf.sharding, 'spec', leaf.sharding)}, but "
                         f"{self.strategy.name} lays it out as {row.spec}; use strategy.place(state)."
                     )
 
@@ -153,8 +157,8 @@ class Step:
                 f"microbatches = {unit}; pad to {rows - rows % unit + unit} with jaxpar.pad_batch."
             )
 
-    def _explain(self, state: Any, batch: Any, error: Exception) -> Exception:
-        """A named error where the state or batch is to blame; the error itself where not."""
+    def _explain(self, state: Any, batch: Any, shapes: Any, error: Exception) -> Exception | None:
+        """What is wrong with the state or the batch, looked for once the step has failed; None if nothing is."""
         for path, leaf in named_leaves((state, batch)) if "deleted" in str(error) else ():
             if isinstance(leaf, jax.Array) and leaf.is_deleted():
                 return StateError(
@@ -166,15 +170,13 @@ class Step:
             self._check_state(state)
         except (BatchError, StateError) as named:
             return named
-        return error
-
-
-def _layout_parts(layout: Layout, state: Any) -> tuple[Sequence[Any], ...]:
-    return layout.rows, jax.tree.leaves(state), layout.shardings
-
-
-def _spec_text(sharding: Any) -> str:
-    return str(getattr(sharding, "spec", sharding))
+        for (path, leaf), (shape, dtype) in zip(named_leaves(state), shapes, strict=True):
+            if (leaf.shape, leaf.dtype) != (shape, dtype):
+                return StateError(
+                    f"State leaf {path!r} is {leaf.shape} {leaf.dtype}, but the step was compiled for {shape} {dtype}; "
+                    "make a step of its own for another model."
+                )
+        return None
 
 
 def _global_rows(strategy: "Strategy", batch: Any) -> int:

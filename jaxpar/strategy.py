@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxpar.batch import BatchError, count_rows, match_path, name_leaf, read_batch
 from jaxpar.layout import Layout, layout_state
 from jaxpar.partition import Rules
-from jaxpar.state import StateError, TrainState
+from jaxpar.state import StateError, TrainState, leaf_path
 from jaxpar.step import Engine, Step, StepFn
 
 
@@ -117,7 +118,7 @@ class Strategy:
         return self.engine.put_batch(self._checked(batch))
 
     def abstract_batch(self, batch: Any) -> Any:
-        """Returns what `shard_batch` would give as shapes, dtypes and shardings; the leaves may be shapes themselves."""
+        """Returns what `shard_batch` would give as shapes, dtypes and shardings; it takes shapes as well as arrays."""
         return self.engine.abstract_batch(self._checked(batch))
 
     def data_shard(self) -> tuple[int, int]:
@@ -197,6 +198,25 @@ def process_part(mesh: Mesh, process: int, spec: PartitionSpec) -> tuple[int, in
             "the devices so that each process holds neighbours along the batch axes."
         )
     return ordered.index(mine), len(ordered)
+
+
+def cast_params(params: Any, layout: Layout, strategy: Strategy, dtype: Any) -> Any:
+    """Returns the floating-point parameters in `dtype`, still split, so that what is then gathered is as narrow."""
+    if dtype is None:
+        return params
+    specs = param_specs(layout)
+
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return strategy.engine.constrain(leaf.astype(dtype), specs["params/" + leaf_path(path)])
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def param_specs(layout: Layout) -> dict[str, PartitionSpec]:
+    """Returns the spec of each parameter by its path."""
+    return {row.path: row.spec for row in layout.rows if row.path.startswith("params/")}
 
 
 def _split_init(init_fn: Callable[[jax.Array], TrainState]) -> Callable[[jax.Array], TrainState]:

@@ -1,5 +1,6 @@
 """`make_train_step`: the one train step that every strategy shares."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
-from jax.sharding import PartitionSpec
 
 from jaxpar.batch import match_path
 from jaxpar.layout import Layout
 from jaxpar.loss import LossError, Weighted, call_model, grow, mean_value, read_loss, sum_values
 from jaxpar.state import StateError, Static, TrainState, join_params, leaf_path, split_params
 from jaxpar.step import Step
-from jaxpar.strategy import Strategy
+from jaxpar.strategy import Strategy, cast_params, param_specs
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
 _OWN_METRICS = ("loss", "grad_norm", "skipped")
@@ -73,28 +73,30 @@ def make_train_step(
         _check_state(state, compute_dtype)
         layout = strategy.layout(state)
         axes = strategy.engine.manual_axes(layout, num_microbatches)
-
-        def sum_shard(carry: _Carry, batch: Any) -> _Gradients:
-            cast = _cast_params(state, layout, strategy, compute_dtype)
-            return _sum_gradients(
-                loss_fn,
-                state.static,
-                carry,
-                batch,
-                cast=cast,
-                axes=axes,
-                strategy=strategy,
-                constrain=_keep_split(layout, strategy),
-                num_microbatches=num_microbatches,
-            )
-
-        scale = None if state.dynamic_scale is None else state.dynamic_scale.scale
+        plan = _Plan(loss_fn, strategy, layout, state.static, axes, num_microbatches, compute_dtype)
         carry = _Carry(
-            *split_params(state.params, state.static.frozen), state.model_state, state.rng, state.step, scale
+            *split_params(state.params, state.static.frozen),
+            state.model_state,
+            state.rng,
+            state.step,
+            None if state.dynamic_scale is None else state.dynamic_scale.scale,
         )
+        sum_shard = functools.partial(_sum_gradients, plan)
         return _update(state, strategy.engine.run_shards(sum_shard, axes, batch)(carry, batch))
 
     return Step(strategy, train_step, num_microbatches=num_microbatches, compiler_options=compiler_options)
+
+
+class _Plan(NamedTuple):
+    """What of a step is fixed when it is traced."""
+
+    loss_fn: LossFn
+    strategy: Strategy
+    layout: Layout
+    static: Static
+    axes: tuple[str, ...]
+    num_microbatches: int
+    compute_dtype: Any
 
 
 class _Carry(NamedTuple):
@@ -108,7 +110,7 @@ class _Carry(NamedTuple):
     scale: jax.Array | None
 
 
-class _Gradients(NamedTuple):
+class _Sums(NamedTuple):
     """Sums over the batch: of gradients, and of the loss and metrics as `Weighted`; and the model's state after it."""
 
     gradients: Any
@@ -116,87 +118,78 @@ class _Gradients(NamedTuple):
     model_state: Any
 
 
-def _sum_gradients(
-    loss_fn: LossFn,
-    static: Static,
-    carry: _Carry,
-    batch: Any,
-    *,
-    cast: Callable,
-    constrain: Callable,
-    axes: tuple[str, ...],
-    strategy: Strategy,
-    num_microbatches: int,
-) -> _Gradients:
-    """The sums over the rows that this call sees, and then over the other shards: `axes`, or the compiler's own affair."""
-    shards = math.prod(jax.lax.axis_size(axis) for axis in axes)
-    device = (jax.lax.axis_index(axes),) if axes else ()
-
-    def one_microbatch(model_state: Any, number: Any, rows: Any) -> _Gradients:
-        def objective(trained: Any) -> tuple[jax.Array, Any]:
-            params = cast(join_params(trained, carry.frozen))
-
-            def call(rows: Any, extra: tuple) -> tuple[Any, Any]:
-                keys = (carry.rng, carry.step, number, *device, *extra)
-                result, after = call_model(loss_fn, static, params, model_state, rows, keys)
-                loss, metrics, _ = read_loss(result)
-                _check_metrics(metrics)
-                return {**metrics, "loss": loss}, after
-
-            values, after = sum_values(
-                call, rows, model_state, fraction=1 / (shards * num_microbatches), is_shared=strategy.shared
-            )
-            total = values["loss"].total
-            return (total if carry.scale is None else total * carry.scale), (values, after)
-
-        gradients, (values, after) = jax.grad(objective, has_aux=True)(carry.trained)
-        return _Gradients(constrain(gradients), values, after)
-
-    if num_microbatches == 1:
-        sums = one_microbatch(carry.model_state, 0, batch)
+def _sum_gradients(plan: _Plan, carry: _Carry, batch: Any) -> _Sums:
+    """The sums over the rows that this call sees, and then over the other shards where the compiler doesn't."""
+    if plan.num_microbatches == 1:
+        sums = _sum_microbatch(plan, carry, carry.model_state, 0, batch)
     else:
-        sums = _accumulate(one_microbatch, carry, batch, constrain, strategy.shared, num_microbatches)
-    if not axes:
+        sums = _sum_microbatches(plan, carry, batch)
+    if not plan.axes:
         return sums
     # The one reduction of the step. Everything above is a part of a sum, so nothing is left to divide by.
-    gradients, values = jax.lax.psum((sums.gradients, sums.values), axes)
-    average = lambda leaf: jax.lax.pmean(leaf, axes) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
-    return _Gradients(gradients, values, jax.tree.map(average, sums.model_state))
+    gradients, values = jax.lax.psum((sums.gradients, sums.values), plan.axes)
+    average = lambda leaf: jax.lax.pmean(leaf, plan.axes) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+    return _Sums(gradients, values, jax.tree.map(average, sums.model_state))
 
 
-def _accumulate(
-    one_microbatch: Callable,
-    carry: _Carry,
-    batch: Any,
-    constrain: Callable,
-    is_shared: Callable[[str], bool],
-    num_microbatches: int,
-) -> _Gradients:
+def _sum_microbatch(plan: _Plan, carry: _Carry, model_state: Any, number: Any, rows: Any) -> _Sums:
+    """The sums over one microbatch: the forward and the backward pass."""
+    shards = math.prod(jax.lax.axis_size(axis) for axis in plan.axes)
+    device = (jax.lax.axis_index(plan.axes),) if plan.axes else ()
+
+    def objective(trained: Any) -> tuple[jax.Array, Any]:
+        params = cast_params(join_params(trained, carry.frozen), plan.layout, plan.strategy, plan.compute_dtype)
+
+        def call(rows: Any, extra: tuple) -> tuple[Any, Any]:
+            keys = (carry.rng, carry.step, number, *device, *extra)
+            result, after = call_model(plan.loss_fn, plan.static, params, model_state, rows, keys)
+            loss, metrics, _ = read_loss(result)
+            _check_metrics(metrics)
+            return {**metrics, "loss": loss}, after
+
+        fraction = 1 / (shards * plan.num_microbatches)
+        values, after = sum_values(call, rows, model_state, fraction=fraction, is_shared=plan.strategy.shared)
+        total = values["loss"].total
+        return (total if carry.scale is None else total * carry.scale), (values, after)
+
+    gradients, (values, after) = jax.grad(objective, has_aux=True)(carry.trained)
+    return _Sums(_keep_split(gradients, plan), values, after)
+
+
+def _sum_microbatches(plan: _Plan, carry: _Carry, batch: Any) -> _Sums:
     """The sums over the microbatches, one after the other; microbatch m is rows m::n, so that no row moves."""
+    count = plan.num_microbatches
     leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
-    cut = [bool(leaf.ndim) and not is_shared(match_path(path)) for path, leaf in leaves]
+    is_cut = [bool(leaf.ndim) and not plan.strategy.shared(match_path(path)) for path, leaf in leaves]
     stacked = [
-        jnp.moveaxis(leaf.reshape(-1, num_microbatches, *leaf.shape[1:]), 1, 0)
-        for (_, leaf), rows in zip(leaves, cut, strict=True)
-        if rows
+        jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0) if cut else None
+        for (_, leaf), cut in zip(leaves, is_cut, strict=True)
     ]
 
-    def body(before: tuple[Any, Any], part: tuple[jax.Array, list[jax.Array]]) -> tuple[tuple[Any, Any], Any]:
+    def body(before: tuple[Any, Any], part: tuple[jax.Array, list[Any]]) -> tuple[tuple[Any, Any], Any]:
         (gradients, model_state), (number, arrays) = before, part
-        parts = iter(arrays)
-        rows = [next(parts) if is_cut else leaf for (_, leaf), is_cut in zip(leaves, cut, strict=True)]
-        sums = one_microbatch(model_state, number, jax.tree.unflatten(treedef, rows))
+        rows = [array if cut else leaf for array, (_, leaf), cut in zip(arrays, leaves, is_cut, strict=True)]
+        sums = _sum_microbatch(plan, carry, model_state, number, jax.tree.unflatten(treedef, rows))
         gradients = jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, sums.gradients)
-        return (constrain(gradients), sums.model_state), sums.values
+        return (_keep_split(gradients, plan), sums.model_state), sums.values
 
-    zeros = constrain(jax.tree.map(lambda leaf: jnp.zeros_like(grow(leaf)), carry.trained))
-    (gradients, model_state), values = jax.lax.scan(
-        body, (zeros, carry.model_state), (jnp.arange(num_microbatches), stacked)
-    )
-    return _Gradients(gradients, jax.tree.map(lambda leaf: leaf.sum(0), values), model_state)
+    zeros = _keep_split(jax.tree.map(lambda leaf: jnp.zeros_like(grow(leaf)), carry.trained), plan)
+    (gradients, model_state), values = jax.lax.scan(body, (zeros, carry.model_state), (jnp.arange(count), stacked))
+    return _Sums(gradients, jax.tree.map(lambda leaf: leaf.sum(0), values), model_state)
 
 
-def _update(state: TrainState, sums: _Gradients) -> tuple[TrainState, dict[str, jax.Array]]:
+def _keep_split(gradients: Any, plan: _Plan) -> Any:
+    """The gradients, kept split as their parameters are while they are summed."""
+    specs = param_specs(plan.layout)
+
+    def keep(path: tuple, leaf: jax.Array) -> jax.Array:
+        spec = specs["params/" + leaf_path(path)]
+        return plan.strategy.engine.constrain(leaf, spec) if any(spec) else leaf
+
+    return jax.tree_util.tree_map_with_path(keep, gradients)
+
+
+def _update(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after the optimizer's step, and the metrics."""
     weight = sums.values["loss"].weight
     trained, frozen = split_params(state.params, state.static.frozen)
@@ -240,35 +233,6 @@ def _next_scale(dynamic_scale: DynamicScale, finite: jax.Array) -> DynamicScale:
     """Flax's own rule for the next scale, told of all gradients by one number that is finite if they all are."""
     probe = jnp.where(finite, 1.0, jnp.nan)
     return dynamic_scale.value_and_grad(lambda x: x * probe)(1.0)[0]
-
-
-def _cast_params(state: TrainState, layout: Layout, strategy: Strategy, compute_dtype: Any) -> Callable[[Any], Any]:
-    """What gives the model its parameters in the compute dtype, still split, so that what is gathered is as narrow."""
-    if compute_dtype is None:
-        return lambda params: params
-    specs = _param_specs(layout)
-
-    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        return strategy.engine.constrain(leaf.astype(compute_dtype), specs["params/" + leaf_path(path)])
-
-    return lambda params: jax.tree_util.tree_map_with_path(cast, params)
-
-
-def _keep_split(layout: Layout, strategy: Strategy) -> Callable[[Any], Any]:
-    """What keeps gradients split as their parameters are, while they are summed."""
-    specs = _param_specs(layout)
-
-    def keep(path: tuple, leaf: jax.Array) -> jax.Array:
-        spec = specs["params/" + leaf_path(path)]
-        return strategy.engine.constrain(leaf, spec) if any(spec) else leaf
-
-    return lambda gradients: jax.tree_util.tree_map_with_path(keep, gradients)
-
-
-def _param_specs(layout: Layout) -> dict[str, PartitionSpec]:
-    return {row.path: row.spec for row in layout.rows if row.path.startswith("params/")}
 
 
 def _check_state(state: Any, compute_dtype: Any) -> None:
