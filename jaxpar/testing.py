@@ -1,0 +1,341 @@
+"""Assertions for users' own tests: that a model trains under a strategy as it does on one device."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpar.batch import read_batch
+from jaxpar.data_parallel import data_parallel
+from jaxpar.mesh import make_mesh
+from jaxpar.narrowing import find_narrowings
+from jaxpar.oracle import View, loss_of, one_device_step
+from jaxpar.rules import FSDP, MEGATRON, ZERO1
+from jaxpar.sharded import sharded
+from jaxpar.state import TrainState, is_key, named_leaves
+from jaxpar.strategy import Strategy
+from jaxpar.train import make_train_step
+
+# Float64 is where an error in logic can't hide; float32 is what runs.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+NOISE = 1e-12
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class Run(NamedTuple):
+    """How far a strategy was from one device in one dtype: the largest differences over all steps, and where.
+
+    A difference is absolute, and relative where the value is above 1. Parameters, the model's state and the metrics
+    other than the loss are held to the tolerance in float64 alone.
+    """
+
+    dtype: str
+    tolerance: float
+    loss: float
+    params: float
+    leaf: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """What `assert_trains_like_one_device` found: `print` it.
+
+    Attributes:
+      strategy: the strategy's name.
+      steps: how many steps were compared.
+      runs: one for each dtype.
+      noise: the parameters left out, since their gradient is rounding noise on every step.
+
+    >>> print(Agreement("sharded({'data': 8}, 0 lists of rules)", 5, (Run("float64", 1e-9, 0.0, 2e-16, "params/w"),)))
+    sharded({'data': 8}, 0 lists of rules) trains like one device over 5 steps:
+      float64: losses to 0, parameters to 2e-16 ('params/w'); tolerance 1e-09
+    """
+
+    strategy: str
+    steps: int
+    runs: tuple[Run, ...]
+    noise: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.strategy} trains like one device over {self.steps} steps:"]
+        for run in self.runs:
+            exact = run.dtype == "float64"
+            params = f", parameters to {run.params:.2g} ({run.leaf!r})" if exact else ""
+            lines.append(f"  {run.dtype}: losses to {run.loss:.2g}{params}; tolerance {run.tolerance:g}")
+        if self.noise:
+            lines.append(f"  not compared, their gradient is rounding noise: {', '.join(self.noise)}")
+        return "\n".join(lines)
+
+
+class _Difference(NamedTuple):
+    """How far one value is from one device's after one step."""
+
+    step: int
+    what: str
+    size: float
+    got: Any
+    expected: Any
+
+
+def assert_trains_like_one_device(
+    init_fn: Callable[[jax.Array], TrainState],
+    loss_fn: Callable[[Any, Any, jax.Array], Any],
+    batches: Sequence[Any],
+    strategy: Strategy,
+    *,
+    num_microbatches: int = 1,
+    compute_dtype: Any = None,
+    dtypes: Sequence[str] | None = None,
+) -> Agreement:
+    """Returns, and prints, how closely a strategy's own train step follows one device over `batches`.
+
+    One device plays the step in plain JAX, without jaxpar's builder: each microbatch in turn, each shard where the
+    strategy's step sees one. In float64 each loss, metric, parameter and model state must agree to 1e-9 after every
+    step; in float32, with exact matrix products, each loss to 1e-5. The state must lie as `strategy.layout` says, and
+    the step must compile once for each shape of batch.
+
+    Args:
+      init_fn: makes the state, as for `strategy.init`; it gets `jax.random.key(0)`, split.
+      loss_fn: as for `make_train_step`.
+      batches: the global batches, one a step; a few are enough.
+      strategy: what to compare.
+      num_microbatches: as for `make_train_step`.
+      compute_dtype: as for `make_train_step`; then losses agree to 1e-2, and float64 has no part in it.
+      dtypes: those to run in; by default `("float64", "float32")`. Where a layer fixes float32, give `("float32",)`.
+
+    Raises:
+      AssertionError: they differ; the message names the first step and the leaf, by how much, and in float64 the
+        operations that fell back to float32. What the strategy raises passes through.
+
+    >>> import optax
+    >>> from flax import nnx
+    >>> init_fn = lambda rng: TrainState.create(nnx.Linear(4, 8, rngs=nnx.Rngs(rng)), optax.adam(0.1))
+    >>> loss_fn = lambda model, batch, rng: (((model(batch["x"]) - 1) ** 2).mean(), {})
+    >>> batches = [{"x": np.ones((16, 4), "float32")}] * 2
+    >>> agreement = assert_trains_like_one_device(init_fn, loss_fn, batches, sharded(make_mesh(data=8)))
+    sharded({'data': 8}, 0 lists of rules) trains like one device over 2 steps:
+      float64: losses to ..., parameters to ...; tolerance 1e-09
+      float32: losses to ...; tolerance 1e-05
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty; give the global batch of at least one step.")
+    if dtypes is None:
+        dtypes = ("float64", "float32") if compute_dtype is None else (jnp.dtype(compute_dtype).name,)
+    _check_dtypes(dtypes, compute_dtype)
+    start = strategy.init(init_fn, jax.random.key(0))
+    _check_layout(start, strategy, "strategy.init")
+    case = _Case(loss_fn, batches, strategy, num_microbatches, compute_dtype, start)
+    runs, noises = zip(*(_compare(case, dtype) for dtype in dtypes), strict=True)
+    agreement = Agreement(strategy.name, len(batches), runs, noises[0])
+    print(agreement)
+    return agreement
+
+
+def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strategy]]:
+    """Returns the standard strategies that fit a number of devices: a table of names and functions that make each.
+
+    For `pytest.mark.parametrize`: the functions use the first `num_devices` devices when they are called, and asking
+    for their names starts no device.
+
+    Args:
+      num_devices: how many devices; by default all there are.
+
+    >>> list(strategies(8))
+    ['one', 'pmap', 'data', 'model', 'data_model', 'fsdp', 'fsdp_model', 'zero1']
+    >>> list(strategies(2))
+    ['one', 'pmap', 'data', 'model', 'fsdp', 'zero1']
+    >>> strategies(8)["data_model"]()
+    sharded({'data': 2, 'model': 4}, 1 list of rules)
+    """
+    count = len(jax.devices()) if num_devices is None else num_devices
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_devices is {num_devices!r}; give a whole number, 1 or more.")
+
+    def on_mesh(*rules: Any, **sizes: int) -> Callable[[], Strategy]:
+        return lambda: sharded(make_mesh(devices=jax.devices()[: sizes_product(sizes)], **sizes), *rules)
+
+    sizes_product = lambda sizes: int(np.prod(list(sizes.values())))
+    table: dict[str, Callable[[], Strategy]] = {
+        "one": on_mesh(data=1),
+        "pmap": lambda: data_parallel(jax.local_devices()[:count]),
+    }
+    if count > 1:
+        table |= {"data": on_mesh(data=count), "model": on_mesh(MEGATRON, model=count)}
+        if count % 2 == 0 and count > 2:
+            table["data_model"] = on_mesh(MEGATRON, data=2, model=count // 2)
+        table["fsdp"] = on_mesh(FSDP, fsdp=count)
+        if count % 2 == 0 and count > 2:
+            table["fsdp_model"] = on_mesh(MEGATRON, FSDP, fsdp=2, model=count // 2)
+        table["zero1"] = on_mesh(ZERO1, data=count)
+    return table
+
+
+def _check_dtypes(dtypes: Sequence[str], compute_dtype: Any) -> None:
+    known = ["float64", "float32"] if compute_dtype is None else [jnp.dtype(compute_dtype).name]
+    unknown = [dtype for dtype in dtypes if dtype not in known]
+    if isinstance(dtypes, str) or not dtypes or unknown:
+        raise ValueError(f"dtypes is {dtypes!r}; with compute_dtype={compute_dtype!r} give one or more of {known}.")
+
+
+class _Case(NamedTuple):
+    """What is compared in each dtype."""
+
+    loss_fn: Callable[..., Any]
+    batches: list[Any]
+    strategy: Strategy
+    num_microbatches: int
+    compute_dtype: Any
+    start: TrainState
+
+
+def _compare(case: _Case, dtype: str) -> tuple[Run, tuple[str, ...]]:
+    """One dtype's run, and the leaves whose gradients are noise."""
+    strategy, exact = case.strategy, dtype == "float64"
+    with jax.default_matmul_precision("highest"), jax.enable_x64(exact):
+        widen = _to_float64 if exact else lambda tree: tree
+        start = lone = widen(jax.tree.map(jnp.copy, jax.device_put(case.start, strategy.mesh.devices.flat[0])))
+        state = strategy.place(jax.tree.map(jnp.copy, start))
+        axes = strategy.engine.manual_axes(strategy.layout(state), case.num_microbatches)
+        shards = {axis: strategy.mesh.shape[axis] for axis in axes}
+        view = View(shards, strategy.axis_name, case.num_microbatches, strategy.shared, case.compute_dtype)
+        play = one_device_step(case.loss_fn, view)
+        step = _count_compiles(
+            make_train_step(
+                case.loss_fn, strategy, num_microbatches=case.num_microbatches, compute_dtype=case.compute_dtype
+            ),
+            strategy,
+        )
+        differences: list[_Difference] = []
+        norms: list[dict[str, float]] = []
+        for number, batch in enumerate(case.batches, 1):
+            batch = widen(read_batch(batch))
+            state, metrics = step(state, strategy.shard_batch(batch))
+            lone, expected, gradients = play(lone, batch)
+            differences += _differences(number, (metrics, state), (expected, lone))
+            norms.append(_relative_norms(gradients))
+        _check_layout(state, strategy, f"after {len(case.batches)} steps")
+        noise = tuple(path for path in norms[0] if all(norm[path] < NOISE for norm in norms))
+        held = [difference for difference in differences if difference.what not in noise]
+        run = _measure(dtype, held)
+        failed = [item for item in held if not item.size <= run.tolerance and (exact or item.what == "metrics/loss")]
+        if failed:
+            narrowings = find_narrowings(loss_of(case.loss_fn, view), start, batch) if exact else ()
+            raise AssertionError(_explain(strategy, run, failed, narrowings))
+        return run, noise
+
+
+def _to_float64(tree: Any) -> Any:
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: leaf.astype("float64") if is_float(leaf) else leaf, tree)
+
+
+def _differences(step: int, got: tuple[Any, Any], expected: tuple[Any, Any]) -> list[_Difference]:
+    """How far each metric, parameter and model state is from one device's."""
+    values = []
+    for metrics, state in (got, expected):
+        metrics = {f"metrics/{name}": value for name, value in metrics.items()}
+        leaves = [*named_leaves(metrics), *named_leaves(state.params, "params")]
+        leaves += [(f"model_state/{path}", leaf) for path, leaf in named_leaves(state.model_state) if not is_key(leaf)]
+        values.append(dict([*leaves, ("step", state.step)]))
+    ours, theirs = values
+    # One device counts skipped steps always, the step only where one can be.
+    if "metrics/skipped" not in ours:
+        theirs.pop("metrics/skipped")
+    if ours.keys() != theirs.keys():
+        raise AssertionError(f"The step's metrics and state differ in {sorted(ours.keys() ^ theirs.keys())}.")
+    return [_difference(step, what, np.asarray(ours[what]), np.asarray(theirs[what])) for what in ours]
+
+
+def _difference(step: int, what: str, got: np.ndarray, expected: np.ndarray) -> _Difference:
+    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
+    got, expected = got.astype(wide), expected.astype(wide)
+    sizes = np.abs(got - expected) / np.maximum(1, np.abs(expected))
+    # NaN is no agreement, not with NaN either: a diverged run shows nothing.
+    sizes = np.where(np.isnan(sizes), np.inf, sizes)
+    worst = np.unravel_index(np.argmax(sizes), sizes.shape) if sizes.size else ()
+    return _Difference(
+        step, what, *(float(np.abs(sizes[worst])), got[worst], expected[worst]) if sizes.size else (0.0, 0, 0)
+    )
+
+
+def _relative_norms(gradients: Any) -> dict[str, float]:
+    """Each leaf's share of the global gradient norm."""
+    norms = {path: float(np.linalg.norm(np.asarray(leaf).ravel())) for path, leaf in named_leaves(gradients, "params")}
+    total = np.sqrt(sum(norm**2 for norm in norms.values()))
+    # A step without any gradient says nothing of which leaves have none.
+    return {path: norm / total if total else 1.0 for path, norm in norms.items()}
+
+
+def _measure(dtype: str, differences: list[_Difference]) -> Run:
+    is_param = lambda item: item.what.startswith("params/")
+    worst = max(filter(is_param, differences), key=lambda item: item.size, default=_Difference(0, "", 0.0, 0, 0))
+    loss = max(item.size for item in differences if item.what == "metrics/loss")
+    return Run(dtype, TOLERANCES[dtype], loss, worst.size, worst.what)
+
+
+def _explain(strategy: Strategy, run: Run, failed: list[_Difference], narrowings: Sequence[str]) -> str:
+    """The first step that differs and its largest difference, how many more, and what may excuse it."""
+    step = failed[0].step
+    here = sorted((item for item in failed if item.step == step), key=lambda item: -item.size)
+    # Metrics follow from the parameters: where one of those differs it is the nearer to the cause.
+    first = next((item for item in here if item.what.startswith("params/")), here[0])
+    others = [item.what for item in here if item is not first]
+    lines = [
+        f"{strategy.name} does not train like one device: in {run.dtype}, step {step}, {first.what!r} is "
+        f"{first.got:.12g}, but {first.expected:.12g} on one device; they differ by {first.size:.2g}, and "
+        f"{run.tolerance:g} is allowed (absolute, or relative to values above 1)."
+    ]
+    if others:
+        lines.append(f"So do {len(others)} more at this step: {', '.join(others[:8])}{', ...' * (len(others) > 8)}.")
+    if narrowings:
+        shown = "".join(f"\n  {line}" for line in narrowings[:8])
+        lines.append(
+            f"Float64 is not kept on the way to the loss, so that 1e-9 can't be reached; write these in the "
+            f"inputs' own dtype, or give dtypes=('float32',):{shown}"
+        )
+    return "\n".join(lines)
+
+
+def _check_layout(state: TrainState, strategy: Strategy, when: str) -> None:
+    """Raises AssertionError unless each leaf's real shards are where the layout puts them."""
+    layout = strategy.layout(state)
+    for row, leaf, sharding in zip(layout.rows, jax.tree.leaves(state), layout.shardings, strict=True):
+        want = sharding.devices_indices_map(leaf.shape)
+        here = {device: index for device, index in want.items() if device.process_index == jax.process_index()}
+        # A random key's shards have a dim more, of its words.
+        if {shard.device: shard.index[: leaf.ndim] for shard in leaf.addressable_shards} != here:
+            raise AssertionError(
+                f"{when}: {row.path!r} lies as {leaf.sharding}, but {strategy.name} lays it out as {row.spec}."
+            )
+
+
+def _count_compiles(step: Callable, strategy: Strategy) -> Callable:
+    """`step`, which raises AssertionError where it compiles again for a shape of batch that it has compiled for."""
+    seen = set()
+
+    def counted(state: TrainState, batch: Any) -> Any:
+        shapes = str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch))
+        compiles = []
+
+        def listen(event: str, seconds: float, **rest: Any) -> None:
+            if event == _COMPILE_EVENT:
+                compiles.append(seconds)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            result = step(state, batch)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        if shapes in seen and compiles:
+            raise AssertionError(
+                f"The step of {strategy.name} compiled {len(compiles)} times more for a batch of the same shape: its "
+                "state changed its shapes or its layout from one step to the next."
+            )
+        seen.add(shapes)
+        return result
+
+    return counted
