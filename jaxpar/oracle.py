@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx, traverse_util
 
 from jaxpar.batch import EXAMPLE_WEIGHT, count_rows, match_path
 from jaxpar.loss import Weighted
+from jaxpar.narrowing import find_narrowings
 from jaxpar.state import TrainState, join_params, split_params
 
 
@@ -22,18 +24,27 @@ class View(NamedTuple):
     """What of a batch one call of the model sees.
 
     Attributes:
-      shards: the size of each axis over which a step sees one shard; none where it sees the whole batch.
+      shards: name and size of each axis over which a step sees one shard; none where it sees the whole batch.
       axis_name: the name that is bound for the model's own reductions.
       num_microbatches: into how many parts the batch is cut.
-      is_shared: tells from a batch leaf's path whether every shard sees it whole.
+      shared: the paths of the batch's leaves that every shard sees whole.
       compute_dtype: the dtype in which the model sees its parameters.
     """
 
-    shards: Mapping[str, int]
+    shards: tuple[tuple[str, int], ...]
     axis_name: str
     num_microbatches: int = 1
-    is_shared: Callable[[str], bool] = lambda path: False
+    shared: frozenset[str] = frozenset()
     compute_dtype: Any = None
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The shards' axes, and the one that the model may name, of size 1 where the step sees all."""
+        return {**({} if self.axis_name in dict(self.shards) else {self.axis_name: 1}), **dict(self.shards)}
+
+    def is_shared(self, path: str) -> bool:
+        """Whether every shard sees a batch leaf whole."""
+        return path in self.shared
 
 
 class Played(NamedTuple):
@@ -48,42 +59,40 @@ def one_device_step(loss_fn: Callable[..., Any], view: View) -> Callable[[TrainS
     """Returns `step(state, batch)`, one device that plays each microbatch in turn, and all shards side by side.
 
     >>> state = TrainState.create(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1))
-    >>> step = one_device_step(lambda model, batch, rng: model(batch["x"]).mean(), View({"data": 2}, "data"))
-    >>> sorted(step(state, {"x": jnp.ones((4, 3))}).metrics)
+    >>> step = one_device_step(lambda model, batch, rng: model(batch["x"]).mean(), View((("data", 2),), "data"))
+    >>> sorted(step(state, {"x": np.ones((4, 3))}).metrics)
     ['grad_norm', 'loss', 'skipped']
     """
-    play = jax.jit(functools.partial(_play_microbatch, loss_fn, view))
-    update = jax.jit(_update)
-    dims = len(_axes(view))
 
     def step(state: TrainState, batch: Any) -> Played:
         rows = count_rows(batch, view.is_shared)
-        model_states = _spread(state, view)
-        so_far = None
+        so_far, model_states = None, _spread(view, state.model_state)
         for number in range(view.num_microbatches):
             part = _take_rows(batch, number, view)
-            *more, model_states = play(state, model_states, part, number, rows)
+            *more, model_states = _play_microbatch(loss_fn, view, state, model_states, part, number, rows)
             so_far = more if so_far is None else jax.tree.map(jnp.add, so_far, more)
-        return update(state, *so_far, jax.tree.map(lambda leaf: _average(leaf, dims), model_states), rows)
+        return _update(view, state, *so_far, model_states, rows)
 
     return step
 
 
-def loss_of(loss_fn: Callable[..., Any], view: View) -> Callable[[TrainState, Any], jax.Array]:
-    """Returns `fn(state, batch)`, the total loss of the first microbatch: to be traced, not run."""
+def find_narrowed_loss(loss_fn: Callable[..., Any], view: View, state: TrainState, batch: Any) -> tuple[str, ...]:
+    """Returns the operations by which the loss of the first microbatch leaves float64, as `find_narrowings` does."""
+    part, rows = _take_rows(batch, 0, view), count_rows(batch, view.is_shared)
 
-    def total(state: TrainState, batch: Any) -> jax.Array:
-        _, sums, _ = _play_microbatch(loss_fn, view, state, _spread(state, view), _take_rows(batch, 0, view), 0, 1)
-        return sums["loss"].total
+    def total(state: TrainState, model_states: Any) -> jax.Array:
+        return _play_microbatch(loss_fn, view, state, model_states, part, 0, rows)[1]["loss"].total
 
-    return total
+    return find_narrowings(total, state, _spread(view, state.model_state))
 
 
+# A test that compares many strategies of one view with the same functions compiles this once.
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _play_microbatch(
     loss_fn: Callable[..., Any], view: View, state: TrainState, model_states: Any, batch: Any, number: Any, rows: Any
 ) -> tuple[Any, Any, Any]:
     """The gradients of one microbatch, its sums, and the model's state on each shard after it."""
-    axes = _axes(view)
+    axes = view.axes
     trained, frozen = split_params(state.params, state.static.frozen)
     scale = 1 if state.dynamic_scale is None else state.dynamic_scale.scale
 
@@ -108,26 +117,21 @@ def _play_microbatch(
     return jax.tree.map(_wide, gradients), sums, after
 
 
-def _axes(view: View) -> dict[str, int]:
-    """The axes over which shards are played, and the one that the model may name, of size 1 if the step sees all."""
-    named = {} if view.axis_name in view.shards else {view.axis_name: 1}
-    return {**named, **view.shards}
-
-
-def _spread(state: TrainState, view: View) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _spread(view: View, model_state: Any) -> Any:
     """The model's state, once a shard."""
-    sizes = tuple(_axes(view).values())
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*sizes, *leaf.shape)), state.model_state)
+    sizes = tuple(view.axes.values())
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*sizes, *leaf.shape)), model_state)
 
 
 def _take_rows(batch: Any, number: int, view: View) -> Any:
     """Rows m::n of each shard's rows, with leading dims for the shards; shared leaves whole, once a shard."""
-    sizes = tuple(_axes(view).values())
+    sizes = tuple(view.axes.values())
 
-    def take(path: tuple, leaf: Any) -> jax.Array:
-        leaf = jnp.asarray(leaf)
+    def take(path: tuple, leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
         if not leaf.ndim or view.is_shared(match_path(path)):
-            return jnp.broadcast_to(leaf, (*sizes, *leaf.shape))
+            return np.broadcast_to(leaf, (*sizes, *leaf.shape))
         shards = leaf.reshape(math.prod(sizes), -1, *leaf.shape[1:])[:, number :: view.num_microbatches]
         return shards.reshape(*sizes, *shards.shape[1:])
 
@@ -232,8 +236,10 @@ def _is_per_row(rows: int, value: Any) -> bool:
     return jnp.shape(value)[:1] == (rows,)
 
 
-def _update(state: TrainState, gradients: Any, sums: Any, model_state: Any, rows: Any) -> Played:
+@functools.partial(jax.jit, static_argnums=0)
+def _update(view: View, state: TrainState, gradients: Any, sums: Any, model_states: Any, rows: Any) -> Played:
     """The optimizer's step on the mean gradient; none where nothing weighs anything or a gradient is not finite."""
+    model_state = jax.tree.map(lambda leaf: _average(leaf, len(view.axes)), model_states)
     weight = sums["loss"].weight / rows
     scaled = state.dynamic_scale is not None
     divisor = jnp.where(weight == 0, 1, weight) * (state.dynamic_scale.scale if scaled else 1)

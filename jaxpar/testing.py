@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpar.batch import read_batch
+from jaxpar.batch import match_path, read_batch
 from jaxpar.data_parallel import data_parallel
 from jaxpar.mesh import make_mesh
-from jaxpar.narrowing import find_narrowings
-from jaxpar.oracle import View, loss_of, one_device_step
+from jaxpar.oracle import View, find_narrowed_loss, one_device_step
 from jaxpar.rules import FSDP, MEGATRON, ZERO1
 from jaxpar.sharded import sharded
 from jaxpar.state import TrainState, is_key, named_leaves
@@ -22,6 +21,7 @@ from jaxpar.train import make_train_step
 # Float64 is where an error in logic can't hide; float32 is what runs.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 NOISE = 1e-12
+_LOSS = "metrics/loss"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -197,35 +197,52 @@ def _compare(case: _Case, dtype: str) -> tuple[Run, tuple[str, ...]]:
     strategy, exact = case.strategy, dtype == "float64"
     with jax.default_matmul_precision("highest"), jax.enable_x64(exact):
         widen = _to_float64 if exact else lambda tree: tree
-        start = lone = widen(jax.tree.map(jnp.copy, jax.device_put(case.start, strategy.mesh.devices.flat[0])))
-        state = strategy.place(jax.tree.map(jnp.copy, start))
-        axes = strategy.engine.manual_axes(strategy.layout(state), case.num_microbatches)
-        shards = {axis: strategy.mesh.shape[axis] for axis in axes}
-        view = View(shards, strategy.axis_name, case.num_microbatches, strategy.shared, case.compute_dtype)
-        play = one_device_step(case.loss_fn, view)
-        step = _count_compiles(
-            make_train_step(
-                case.loss_fn, strategy, num_microbatches=case.num_microbatches, compute_dtype=case.compute_dtype
-            ),
-            strategy,
-        )
-        differences: list[_Difference] = []
-        norms: list[dict[str, float]] = []
-        for number, batch in enumerate(case.batches, 1):
-            batch = widen(read_batch(batch))
-            state, metrics = step(state, strategy.shard_batch(batch))
-            lone, expected, gradients = play(lone, batch)
-            differences += _differences(number, (metrics, state), (expected, lone))
-            norms.append(_relative_norms(gradients))
-        _check_layout(state, strategy, f"after {len(case.batches)} steps")
+        start = widen(jax.tree.map(jnp.copy, jax.device_put(case.start, strategy.mesh.devices.flat[0])))
+        batches = [widen(read_batch(batch)) for batch in case.batches]
+        view = _view_of(case, start, batches[0])
+        differences, norms = _follow(case, view, start, batches)
         noise = tuple(path for path in norms[0] if all(norm[path] < NOISE for norm in norms))
         held = [difference for difference in differences if difference.what not in noise]
         run = _measure(dtype, held)
-        failed = [item for item in held if not item.size <= run.tolerance and (exact or item.what == "metrics/loss")]
+        failed = [item for item in held if not item.size <= run.tolerance and (exact or item.what == _LOSS)]
         if failed:
-            narrowings = find_narrowings(loss_of(case.loss_fn, view), start, batch) if exact else ()
-            raise AssertionError(_explain(strategy, run, failed, narrowings))
+            narrowed = find_narrowed_loss(case.loss_fn, view, start, batches[0]) if exact else ()
+            raise AssertionError(_explain(strategy, run, failed, narrowed))
         return run, noise
+
+
+def _view_of(case: _Case, state: TrainState, batch: Any) -> View:
+    """What of the batch one call of the model sees under the strategy."""
+    strategy = case.strategy
+    axes = strategy.engine.manual_axes(strategy.layout(state), case.num_microbatches)
+    paths = [match_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
+    return View(
+        shards=tuple((axis, strategy.mesh.shape[axis]) for axis in axes),
+        axis_name=strategy.axis_name,
+        num_microbatches=case.num_microbatches,
+        shared=frozenset(filter(strategy.shared, paths)),
+        compute_dtype=case.compute_dtype,
+    )
+
+
+def _follow(
+    case: _Case, view: View, start: TrainState, batches: list[Any]
+) -> tuple[list[_Difference], list[dict[str, float]]]:
+    """The differences after each step of the strategy and of one device, and each leaf's share of the gradient."""
+    strategy = case.strategy
+    train_step = make_train_step(
+        case.loss_fn, strategy, num_microbatches=case.num_microbatches, compute_dtype=case.compute_dtype
+    )
+    step, play = _count_compiles(train_step, strategy), one_device_step(case.loss_fn, view)
+    state, lone = strategy.place(jax.tree.map(jnp.copy, start)), start
+    differences, norms = [], []
+    for number, batch in enumerate(batches, 1):
+        state, metrics = step(state, strategy.shard_batch(batch))
+        lone, expected, gradients = play(lone, batch)
+        differences += _differences(number, (metrics, state), (expected, lone))
+        norms.append(_relative_norms(gradients))
+    _check_layout(state, strategy, f"after {len(batches)} steps")
+    return differences, norms
 
 
 def _to_float64(tree: Any) -> Any:
@@ -273,7 +290,7 @@ def _relative_norms(gradients: Any) -> dict[str, float]:
 def _measure(dtype: str, differences: list[_Difference]) -> Run:
     is_param = lambda item: item.what.startswith("params/")
     worst = max(filter(is_param, differences), key=lambda item: item.size, default=_Difference(0, "", 0.0, 0, 0))
-    loss = max(item.size for item in differences if item.what == "metrics/loss")
+    loss = max(item.size for item in differences if item.what == _LOSS)
     return Run(dtype, TOLERANCES[dtype], loss, worst.size, worst.what)
 
 
