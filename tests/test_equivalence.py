@@ -1,0 +1,134 @@
+"""Every strategy trains like one device: strategies x device counts x models x steps, pairwise, in float64 to 1e-9."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from models import MODELS, STRATEGIES, make_task
+
+import jaxpar
+from jaxpar.testing import assert_trains_like_one_device
+
+DEVICE_COUNTS = (8, 4, 2, 1)
+
+
+class StepCase(NamedTuple):
+    """How a step differs from the plain one: what the task is given, and what the builder is."""
+
+    task: dict[str, Any] = {}  # noqa: RUF012
+    build: dict[str, Any] = {}  # noqa: RUF012
+
+
+_SGD = optax.sgd(0.2, momentum=0.9)
+STEPS = {
+    "plain": StepCase(),
+    "microbatches": StepCase({"tx": _SGD}, {"num_microbatches": 4}),
+    "masked": StepCase({"tx": _SGD, "masked": True}),
+    "clipped": StepCase({"tx": optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.5))}),
+    "bf16": StepCase({"tx": _SGD}, {"compute_dtype": jnp.bfloat16}),
+    "dropout": StepCase({"dropout": 0.3}),
+    "remat": StepCase({"tx": optax.adafactor(1e-2, min_dim_size_to_factor=8), "remat": True}),
+}
+MORE_STEPS = {
+    "dropout_microbatches": StepCase({"tx": _SGD, "dropout": 0.3}, {"num_microbatches": 4}),
+    "masked_microbatches": StepCase({"tx": _SGD, "masked": True}, {"num_microbatches": 4}),
+    "batchnorm_microbatches": StepCase({"tx": _SGD}, {"num_microbatches": 2}),
+}
+
+
+class Cell(NamedTuple):
+    strategy: str
+    devices: int
+    model: str
+    step: str
+
+
+def cover_pairs(shift: int) -> list[Cell]:
+    """Returns cells in which each pair of strategy, model, step and device count meets (a Latin square, shifted)."""
+    steps = list(STEPS)
+    return [
+        Cell(strategy, DEVICE_COUNTS[(row // 2 + column) % 4], model, steps[(row + column + shift) % len(steps)])
+        for row, strategy in enumerate(STRATEGIES)
+        for column, model in enumerate(MODELS)
+    ]
+
+
+CELLS = cover_pairs(shift=0)
+# A shard's own dropout and its own statistics meet microbatches where the step sees shards, and where it doesn't.
+OWN_CELLS = [
+    Cell("pmap", 4, "nnx_decoder", "dropout_microbatches"),
+    Cell("data", 8, "linen_mlp", "dropout_microbatches"),
+    Cell("fsdp", 8, "nnx_mlp", "dropout_microbatches"),
+    Cell("data_model", 8, "linen_decoder", "dropout_microbatches"),
+    Cell("pmap", 8, "linen_conv", "batchnorm_microbatches"),
+    Cell("data", 8, "nnx_conv", "batchnorm_microbatches"),
+    Cell("fsdp_model", 8, "nnx_conv", "batchnorm_microbatches"),
+    Cell("zero1", 4, "linen_conv", "batchnorm_microbatches"),
+    Cell("pmap", 8, "nnx_mlp", "masked_microbatches"),
+    Cell("data", 8, "linen_decoder", "masked_microbatches"),
+]
+SLOW_CELLS = [*cover_pairs(shift=2), *cover_pairs(shift=5)] + [
+    Cell(strategy, 8, model, step)
+    for (strategy, model), step in itertools.product(itertools.product(STRATEGIES, MODELS), MORE_STEPS)
+    if step != "batchnorm_microbatches" or "conv" in model
+]
+
+
+def name(cell: Cell) -> str:
+    return "-".join(map(str, cell))
+
+
+@pytest.fixture(autouse=True)
+def quick_compiles():
+    """Leaves out LLVM's own optimizations, half of each cell's time; XLA's passes, the partitioner's too, all run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def check(cell: Cell) -> jaxpar.testing.Agreement:
+    case = {**STEPS, **MORE_STEPS}[cell.step]
+    task = make_task(cell.model, **case.task)
+    strategy = STRATEGIES[cell.strategy](cell.devices)
+    dtypes = None if "compute_dtype" in case.build else ("float64",)
+    return assert_trains_like_one_device(*task, strategy, dtypes=dtypes, **case.build)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_every_strategy_trains_like_one_device(cell):
+    assert check(cell).steps == 5
+
+
+@pytest.mark.parametrize("cell", OWN_CELLS, ids=name)
+def test_shards_and_microbatches_together_train_like_one_device(cell):
+    assert check(cell).steps == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", SLOW_CELLS, ids=name)
+def test_more_of_the_table_trains_like_one_device(cell):
+    assert check(cell).steps == 5
+
+
+@pytest.mark.parametrize("step", ["plain", "masked"])
+def test_float32_trains_like_one_device_too(step):
+    case = STEPS[step]
+    agreement = assert_trains_like_one_device(
+        *make_task("nnx_decoder", **case.task), STRATEGIES["fsdp_model"](8), dtypes=("float32",), **case.build
+    )
+    assert agreement.runs[0].loss < 1e-5
+
+
+def test_every_pair_of_strategy_devices_model_and_step_occurs():
+    for first, second in itertools.combinations(["strategy", "model", "step"], 2):
+        found = {(getattr(cell, first), getattr(cell, second)) for cell in CELLS}
+        sizes = {"strategy": len(STRATEGIES), "model": len(MODELS), "step": len(STEPS)}
+        assert len(found) == sizes[first] * sizes[second], (first, second)
+    for other in ("strategy", "model", "step"):
+        values = {getattr(cell, other) for cell in CELLS}
+        found = {(getattr(cell, other), cell.devices) for cell in CELLS}
+        assert len(found) == len(values) * len(DEVICE_COUNTS), other
