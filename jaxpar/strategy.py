@@ -74,8 +74,9 @@ class Strategy:
         >>> jaxpar.data_parallel().place(state).params["kernel"].sharding.is_fully_replicated
         True
         """
-        layout = self._layout_of(state)
-        leaves = jax.device_put(jax.tree.leaves(state), layout.shardings, may_alias=False)
+        # device_put gives back the very buffers where a device stays, even with may_alias=False (jax 0.10.2).
+        state = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else np.array(leaf), state)
+        leaves = jax.device_put(jax.tree.leaves(state), self._layout_of(state).shardings)
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     def layout(self, state: TrainState | Callable[[jax.Array], TrainState]) -> Layout:

@@ -169,7 +169,11 @@ def _sum_microbatches(plan: _Plan, carry: _Carry, batch: Any) -> _Sums:
     def body(before: tuple[Any, Any], part: tuple[jax.Array, list[Any]]) -> tuple[tuple[Any, Any], Any]:
         (gradients, model_state), (number, arrays) = before, part
         rows = [array if cut else leaf for array, (_, leaf), cut in zip(arrays, leaves, is_cut, strict=True)]
-        sums = _sum_microbatch(plan, carry, model_state, number, jax.tree.unflatten(treedef, rows))
+        # Else XLA gathers split weights once, before the loop, and holds them whole all through it. (On CPU it does so
+        # even now: it expands the barrier first.)
+        trained, frozen, number = jax.lax.optimization_barrier((carry.trained, carry.frozen, number))
+        here = carry._replace(trained=_keep_split(trained, plan), frozen=_keep_split(frozen, plan))
+        sums = _sum_microbatch(plan, here, model_state, number, jax.tree.unflatten(treedef, rows))
         gradients = jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, sums.gradients)
         return (_keep_split(gradients, plan), sums.model_state), sums.values
 
