@@ -65,7 +65,8 @@ class Layout:
     @property
     def left_whole(self) -> tuple[LayoutRow, ...]:
         """The rows that a heuristic left whole, largest first, each with its reason in `note`."""
-        return tuple(sorted((row for row in self.rows if row.note), key=lambda row: -row.bytes_per_device))
+        whole = [row for row in self.rows if row.note.startswith("whole")]
+        return tuple(sorted(whole, key=lambda row: -row.bytes_per_device))
 
     def __str__(self) -> str:
         cells = [("path", "shape", "dtype", "spec", "rule", "bytes/device", "")]
@@ -101,8 +102,16 @@ class Layout:
     __repr__ = __str__
 
 
-def layout_state(state: Any, lists: Sequence[Rules], mesh: Mesh) -> Layout:
+def layout_state(
+    state: Any, lists: Sequence[Rules], mesh: Mesh, *, made_whole: Sequence[str | None] | None = None
+) -> Layout:
     """Returns the layout of a state (arrays or shapes) by annotations and rules.
+
+    Args:
+      state: the state.
+      lists: the lists of rules.
+      mesh: the mesh.
+      made_whole: for each leaf the primitive, if any, that makes it whole on every device before it is split.
 
     Raises:
       PartitionError: a rule can't apply, no rule matches a leaf, or a `model` or `fsdp` axis splits nothing.
@@ -128,11 +137,10 @@ def layout_state(state: Any, lists: Sequence[Rules], mesh: Mesh) -> Layout:
     _check_axes_split(rows, mesh)
     patterns = [pattern for rules in lists for pattern, spec in rules if isinstance(spec, PartitionSpec)]
     order = {path: index for index, (path, _) in enumerate(named)}
-    return Layout(
-        mesh,
-        tuple(sorted(rows, key=lambda row: order[row.path])),
-        tuple(pattern for pattern in dict.fromkeys(patterns) if pattern not in used),
-    )
+    rows = sorted(rows, key=lambda row: order[row.path])
+    if made_whole is not None:
+        rows = [_note_maker(row, maker) for row, maker in zip(rows, made_whole, strict=True)]
+    return Layout(mesh, tuple(rows), tuple(pattern for pattern in dict.fromkeys(patterns) if pattern not in used))
 
 
 def format_bytes(count: float) -> str:
@@ -153,6 +161,12 @@ def _row(leaf: Leaf, match: Match, mesh: Mesh) -> LayoutRow:
     return LayoutRow(
         leaf.path, leaf.shape, leaf.dtype, match.spec, match.rule, math.prod(shard) * leaf.dtype.itemsize, match.note
     )
+
+
+def _note_maker(row: LayoutRow, maker: str | None) -> LayoutRow:
+    if maker is None or not axes_of(row.spec):
+        return row
+    return row._replace(note=f"made whole on every device at init, by {maker!r}, then split")
 
 
 def _check_axes_split(rows: Sequence[LayoutRow], mesh: Mesh) -> None:

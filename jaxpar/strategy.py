@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxpar.batch import BatchError, count_rows, match_path, name_leaf, read_batch
+from jaxpar.initialisers import find_makers
 from jaxpar.layout import Layout, layout_state
 from jaxpar.partition import Rules
 from jaxpar.state import StateError, TrainState, leaf_path
@@ -88,9 +89,10 @@ class Strategy:
         >>> strategy.layout(init_fn).rows[2][:4]
         ('params/kernel', (64, 32), dtype('float32'), P('fsdp', None))
         """
-        return self._layout_of(
-            state if isinstance(state, TrainState) else jax.eval_shape(_split_init(state), _abstract_key())
-        )
+        if isinstance(state, TrainState) or not callable(state):
+            return self._layout_of(state)
+        jaxpr, whole = jax.make_jaxpr(_split_init(state), return_shape=True)(_abstract_key())
+        return self._layout_of(whole, find_makers(jaxpr))
 
     def abstract_state(self, init_fn: Callable[[jax.Array], TrainState]) -> TrainState:
         """Returns the state that `init` would give as shapes, dtypes and shardings: nothing is allocated."""
@@ -153,13 +155,12 @@ class Strategy:
         """
         return Step(self, step, compiler_options=compiler_options)
 
-    def _layout_of(self, state: Any) -> Layout:
+    def _layout_of(self, state: Any, made_whole: list[str | None] | None = None) -> Layout:
         if not isinstance(state, TrainState):
             raise StateError(
-                f"The state is a {type(state).__name__}; init_fn returns, and place and layout take, what "
-                "jaxpar.TrainState.create gives."
+                f"The state is a {type(state).__name__}; place and layout take what jaxpar.TrainState.create gives."
             )
-        return layout_state(state, self.rules, self.mesh)
+        return layout_state(state, self.rules, self.mesh, made_whole=made_whole)
 
     def _checked(self, batch: Any) -> Any:
         batch = read_batch(batch)
@@ -226,7 +227,11 @@ def _split_init(init_fn: Callable[[jax.Array], TrainState]) -> Callable[[jax.Arr
         # The layout is the strategy's affair: Flax would place annotated variables itself, and fail without their mesh.
         with nnx.use_eager_sharding(False):
             state = init_fn(init_key)
-        return state.replace(rng=state_key) if isinstance(state, TrainState) else state
+        if not isinstance(state, TrainState):
+            raise StateError(
+                f"init_fn returned a {type(state).__name__}; it returns what jaxpar.TrainState.create gives."
+            )
+        return state.replace(rng=state_key)
 
     return init
 

@@ -159,8 +159,8 @@ def _sum_microbatch(plan: _Plan, carry: _Carry, model_state: Any, number: Any, r
 def _sum_microbatches(plan: _Plan, carry: _Carry, batch: Any) -> _Sums:
     """The sums over the microbatches, one after the other; microbatch m is rows m::n, so that no row moves.
 
-    Weights split over a batch axis are gathered in each microbatch. (On TPU, by its compiler's own text for a v5e; XLA on
-    CPU moves the gathers out of the loop.)
+    Weights split over a batch axis are gathered in each microbatch. (So the TPU compiler leaves it, as its text for a
+    v5e shows; XLA on CPU moves the gathers out of the loop.)
     """
     count = plan.num_microbatches
     leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
