@@ -110,7 +110,7 @@ class TrainState:
             params=params,
             opt_state=tx.init(split_params(params, frozen)[0]),
             model_state=model_state,
-            rng=jax.random.key(0) if rng is None else rng,
+            rng=jax.random.key(0) if rng is None else as_key(rng),
             dynamic_scale=jax.tree.map(jnp.asarray, dynamic_scale),
             static=static,
         )
@@ -187,6 +187,19 @@ def named_leaves(tree: Tree, root: str = "") -> list[tuple[str, Any]]:
 def is_key(leaf: Any) -> bool:
     """Returns whether a leaf holds typed random keys."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def as_key(rng: Any) -> jax.Array:
+    """Returns a typed random key: the one given, or an old-style `PRNGKey` wrapped.
+
+    Raises:
+      StateError: it is neither.
+    """
+    if is_key(rng) and rng.shape == ():
+        return rng
+    if isinstance(rng, jax.Array) and rng.dtype == jnp.uint32 and rng.ndim == 1:
+        return jax.random.wrap_key_data(rng)
+    raise StateError(f"rng is {rng!r}; give a random key, as jax.random.key(0).")
 
 
 def _join(root: str, path: tuple) -> str:

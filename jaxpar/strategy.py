@@ -15,7 +15,7 @@ from jaxpar.batch import BatchError, count_rows, match_path, name_leaf, read_bat
 from jaxpar.initialisers import find_makers
 from jaxpar.layout import Layout, layout_state
 from jaxpar.partition import Rules
-from jaxpar.state import StateError, TrainState, leaf_path
+from jaxpar.state import StateError, TrainState, as_key, leaf_path
 from jaxpar.step import Engine, Step, StepFn
 
 
@@ -59,6 +59,7 @@ class Strategy:
         >>> strategy.init(init_fn, jax.random.key(0)).params["kernel"].addressable_shards[0].data.shape
         (8, 32)
         """
+        rng = as_key(rng)
         whole = jax.eval_shape(_split_init(init_fn), rng)
         layout = self._layout_of(whole)
         # Only leaves cross jit: the optimizer in the static part is another object each time that init_fn is traced.
@@ -222,6 +223,9 @@ def param_specs(layout: Layout) -> dict[str, PartitionSpec]:
 
 
 def _split_init(init_fn: Callable[[jax.Array], TrainState]) -> Callable[[jax.Array], TrainState]:
+    if not callable(init_fn):
+        raise StateError(f"init_fn is {init_fn!r}; give a function of a random key that returns a jaxpar.TrainState.")
+
     def init(rng: jax.Array) -> TrainState:
         init_key, state_key = jax.random.split(rng)
         # The layout is the strategy's affair: Flax would place annotated variables itself, and fail without their mesh.
