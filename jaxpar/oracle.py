@@ -64,16 +64,29 @@ def one_device_step(loss_fn: Callable[..., Any], view: View) -> Callable[[TrainS
     ['grad_norm', 'loss', 'skipped']
     """
 
+    play, update = _compiled(jax.default_backend())
+
     def step(state: TrainState, batch: Any) -> Played:
         rows = count_rows(batch, view.is_shared)
         so_far, model_states = None, _spread(view, state.model_state)
         for number in range(view.num_microbatches):
             part = _take_rows(batch, number, view)
-            *more, model_states = _play_microbatch(loss_fn, view, state, model_states, part, number, rows)
-            so_far = more if so_far is None else jax.tree.map(jnp.add, so_far, more)
-        return _update(view, state, *so_far, model_states, rows)
+            *more, model_states = play(loss_fn, view, state, model_states, part, number, rows)
+            so_far = more if so_far is None else _add(so_far, more)
+        return update(view, state, *so_far, model_states, rows)
 
     return step
+
+
+@functools.cache
+def _compiled(platform: str) -> tuple[Callable, Callable]:
+    """The two halves of a step, compiled once for all strategies of one view, if their functions are the same."""
+    # Half of a test's time was LLVM's passes over what runs but a few times.
+    options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
+    return (
+        jax.jit(_play_microbatch, static_argnums=(0, 1), compiler_options=options),
+        jax.jit(_update, static_argnums=0, compiler_options=options),
+    )
 
 
 def find_narrowed_loss(loss_fn: Callable[..., Any], view: View, state: TrainState, batch: Any) -> tuple[str, ...]:
@@ -86,8 +99,6 @@ def find_narrowed_loss(loss_fn: Callable[..., Any], view: View, state: TrainStat
     return find_narrowings(total, state, _spread(view, state.model_state))
 
 
-# A test that compares many strategies of one view with the same functions compiles this once.
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _play_microbatch(
     loss_fn: Callable[..., Any], view: View, state: TrainState, model_states: Any, batch: Any, number: Any, rows: Any
 ) -> tuple[Any, Any, Any]:
@@ -115,6 +126,11 @@ def _play_microbatch(
 
     gradients, (sums, after) = jax.grad(objective, has_aux=True)(trained)
     return jax.tree.map(_wide, gradients), sums, after
+
+
+@jax.jit
+def _add(so_far: Any, more: Any) -> Any:
+    return jax.tree.map(jnp.add, so_far, more)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -236,7 +252,6 @@ def _is_per_row(rows: int, value: Any) -> bool:
     return jnp.shape(value)[:1] == (rows,)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _update(view: View, state: TrainState, gradients: Any, sums: Any, model_states: Any, rows: Any) -> Played:
     """The optimizer's step on the mean gradient; none where nothing weighs anything or a gradient is not finite."""
     model_state = jax.tree.map(lambda leaf: _average(leaf, len(view.axes)), model_states)

@@ -95,7 +95,8 @@ def assert_trains_like_one_device(
     One device plays the step in plain JAX, without jaxpar's builder: each microbatch in turn, each shard where the
     strategy's step sees one. In float64 each loss, metric, parameter and model state must agree to 1e-9 after every
     step; in float32, with exact matrix products, each loss to 1e-5. The state must lie as `strategy.layout` says, and
-    the step must compile once for each shape of batch.
+    the step must compile once for each shape of batch. What one device does is compiled once for the strategies that
+    follow, if they get the same `init_fn` and `loss_fn`: make those outside the test.
 
     Args:
       init_fn: makes the state, as for `strategy.init`; it gets `jax.random.key(0)`, split.
