@@ -3,6 +3,7 @@
 B rows, T tokens, C width, H heads, K key/value heads, G heads of one key/value head, D head size.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ class Task(NamedTuple):
     batches: list[dict[str, np.ndarray]]
 
 
+@functools.cache
 def make_task(name: str, tx: Any = None, *, masked: bool = False, dropout: float = 0.0, remat: bool = False) -> Task:
     """Returns the task of one of `MODELS`; `masked` gives each token or row a weight, 0 for many."""
     tx = optax.adamw(1e-2) if tx is None else tx
