@@ -63,7 +63,6 @@ def one_device_step(loss_fn: Callable[..., Any], view: View) -> Callable[[TrainS
     >>> sorted(step(state, {"x": np.ones((4, 3))}).metrics)
     ['grad_norm', 'loss', 'skipped']
     """
-
     play, update = _compiled(jax.default_backend())
 
     def step(state: TrainState, batch: Any) -> Played:
