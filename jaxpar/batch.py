@@ -24,7 +24,10 @@ def read_batch(batch: Any) -> Any:
     >>> jax.tree.map(np.shape, read_batch({"x": [[1, 2], [3, 4]], "y": np.ones(2)}))
     {'x': (2, 2), 'y': (2,)}
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(batch, is_leaf=_is_number_list)
+    try:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(batch, is_leaf=_is_number_list)
+    except ValueError as error:
+        raise BatchError(f"The batch can't be read as a nest: {error}. Give a dict whose keys are all names.") from None
     if not leaves:
         raise BatchError(f"The batch {batch!r} has no leaf; give a dict of arrays, as {{'x': x, 'y': y}}.")
     return jax.tree.unflatten(treedef, [_read_leaf(leaf, name_leaf(path)) for path, leaf in leaves])
@@ -102,6 +105,10 @@ def pad_rows(
         return xp.concatenate([leaf, xp.repeat(leaf[-1:], target - rows, axis=0)])
 
     weight = np.asarray(batch.get(EXAMPLE_WEIGHT, np.ones(rows)), np.float32)
+    if weight.shape != (rows,):
+        raise BatchError(
+            f"Batch leaf [{EXAMPLE_WEIGHT!r}] has shape {weight.shape}; one weight an example is needed: ({rows},)."
+        )
     padded = dict(jax.tree_util.tree_map_with_path(pad, dict(batch)))
     padded[EXAMPLE_WEIGHT] = np.concatenate([weight, np.zeros(target - rows, np.float32)])
     return padded
@@ -124,11 +131,13 @@ def _is_number_list(node: Any) -> bool:
 
 
 def _read_leaf(leaf: Any, name: str) -> Any:
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        raise BatchError(f"Batch leaf {name} was deleted: a step that it was given to as state took over its memory.")
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return leaf
     try:
         array = np.asarray(leaf)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever the object's own __array__ raises
         if isinstance(leaf, list):
             raise BatchError(
                 f"Batch leaf {name} is ragged: its {len(leaf)} rows have different lengths; pad them to one "
@@ -153,4 +162,11 @@ def _read_leaf(leaf: Any, name: str) -> Any:
                 f"Batch leaf {name} holds {array.dtype} values from {low} to {high}, but JAX keeps {narrow} "
                 f"({limits.min} to {limits.max}) unless jax_enable_x64 is set."
             )
-    return array.astype(narrow, copy=False)
+    with np.errstate(over="ignore"):
+        narrowed = array.astype(narrow, copy=False)
+    if narrow != array.dtype and array.dtype.kind in "fc" and np.isinf(narrowed).sum() > np.isinf(array).sum():
+        raise BatchError(
+            f"Batch leaf {name} holds {array.dtype} values up to {np.abs(array).max()}, but JAX keeps {narrow} (up to "
+            f"{np.finfo(narrow).max}) unless jax_enable_x64 is set."
+        )
+    return narrowed

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxpar.mesh import MeshError
+from jaxpar.mesh import MeshError, check_devices
 from jaxpar.state import named_leaves
 from jaxpar.step import Engine, StepFn
 from jaxpar.strategy import Strategy
@@ -37,12 +37,12 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
     >>> jaxpar.data_parallel()
     data_parallel(8 devices, axis_name='data')
     """
-    chosen = list(jax.local_devices() if devices is None else devices)
+    chosen = list(check_devices(jax.local_devices() if devices is None else devices))
     foreign = [device for device in chosen if device.process_index != jax.process_index()]
-    if not chosen or len(set(chosen)) != len(chosen) or foreign:
+    if foreign:
         raise MeshError(
-            f"devices= holds {len(chosen)} devices, {len(set(chosen))} of them distinct and {len(foreign)} of "
-            "other processes; give one or more of jax.local_devices(), each once."
+            f"devices= holds {len(chosen)} devices, {len(foreign)} of them of other processes; give some of "
+            "jax.local_devices()."
         )
     if not isinstance(axis_name, str) or not axis_name:
         raise MeshError(f"axis_name is {axis_name!r}; give a name, as 'data'.")
@@ -63,9 +63,7 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
 
     def put_batch(batch: Any) -> Any:
         stacked = jax.tree.map(
-            lambda leaf: (
-                leaf.reshape(stacked_shape(leaf)) if leaf.shape else np.broadcast_to(np.asarray(leaf), (count,))
-            ),
+            lambda leaf: leaf.reshape(stacked_shape(leaf)) if leaf.shape else jnp.stack([leaf] * count),
             batch,
         )
         return jax.device_put(stacked, split)

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from jaxpar.batch import EXAMPLE_WEIGHT, BatchError, count_rows, match_path
-from jaxpar.state import StateError, Static, build_model, named_leaves, read_model_state
+from jaxpar.state import StateError, Static, build_model, is_key, named_leaves, read_model_state
 
 Values = Any
 
@@ -46,6 +47,16 @@ def read_loss(result: Any) -> tuple[Any, Mapping[str, Any], Mapping[str, Any] | 
     if not isinstance(metrics, Mapping):
         raise LossError(
             f"loss_fn returned metrics of type {type(metrics).__name__}; give a dict of names to values, {{}} for none."
+        )
+    odd = [name for name in metrics if not isinstance(name, str)]
+    if odd:
+        raise LossError(
+            f"loss_fn returned a metric named {odd[0]!r}, a {type(odd[0]).__name__}; a metric's name is a str."
+        )
+    total = loss.total if isinstance(loss, Weighted) else loss
+    if isinstance(total, jax.Array) and not jnp.issubdtype(total.dtype, jnp.floating):
+        raise LossError(
+            f"loss_fn returned a loss of dtype {total.dtype}; give a floating-point one, of which to take a gradient."
         )
     if not isinstance(loss, Weighted | jax.Array | float):
         raise LossError(
@@ -129,9 +140,11 @@ def sum_values(
     values, after = call(batch, ())
     if weight is not None:
         _check_unchanged(model_state, after)
+        _check_values(values, rows)
         if not all(_is_per_example(value, rows) for value in _leaves(values)):
             # A scalar has mixed real rows with padding already: take the rows one by one instead.
             values = _call_by_row(call, batch, rows, is_shared)
+    _check_values(values, rows)
     return jax.tree.map(
         lambda value: _sum_value(value, weight, rows, fraction, keep_rows), values, is_leaf=_is_weighted
     ), after
@@ -199,6 +212,30 @@ def _like(after: Any, before: Any) -> Any:
     return jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), after, before)
 
 
+def _check_values(values: Values, rows: int) -> None:
+    """Names the value that can't be summed over examples."""
+    for path, value in jax.tree_util.tree_leaves_with_path(values, is_leaf=_is_weighted):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "the value"
+        parts = (value.total, value.weight) if isinstance(value, Weighted) else (value,)
+        if not all(isinstance(part, jax.Array | np.ndarray | np.generic | float | int) for part in parts):
+            raise LossError(
+                f"{name!r} is {value!r}; give a scalar, one value an example, or jaxpar.Weighted(total, weight)."
+            )
+        if any(is_key(part) for part in parts):
+            raise LossError(f"{name!r} is a random key; give numbers.")
+        shapes = [jnp.shape(part) for part in parts]
+        if len(set(shapes)) > 1:
+            raise LossError(
+                f"{name!r} is Weighted with a total of shape {shapes[0]} and a weight of shape {shapes[1]}; both "
+                "need the same."
+            )
+        if len(parts) == 1 and shapes[0] and shapes[0][0] != rows:
+            raise LossError(
+                f"{name!r} has shape {shapes[0]}, neither a scalar nor one value an example ({rows} here); reduce "
+                "it, or give jaxpar.Weighted(total, weight)."
+            )
+
+
 def _check_unchanged(before: Any, after: Any) -> None:
     for (path, old), new in zip(named_leaves(before), jax.tree.leaves(after), strict=True):
         if old is not new:
@@ -237,11 +274,6 @@ def _sum_value(value: Any, weight: jax.Array | None, rows: int, fraction: float,
     per_example = _is_per_example(value, rows)
     if per_example and keep_rows:
         return value
-    if value.ndim and not per_example:
-        raise LossError(
-            f"A value of shape {value.shape} is neither a scalar nor one value an example ({rows} here); reduce it, "
-            "or give jaxpar.Weighted(total, weight)."
-        )
     value = grow(value)
     if weight is None:
         mean = value.mean()

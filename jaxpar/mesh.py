@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,14 +47,26 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
         check_axis_name(axis)
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or (size < 1 and size != -1):
             raise MeshError(f"Mesh axis {axis!r} has size {size!r}; a size is a whole number, 1 or more, or -1 once.")
-    chosen = np.array(jax.devices() if devices is None else devices, dtype=object).ravel()
-    if len(set(chosen)) != chosen.size or not chosen.size:
-        raise MeshError(f"devices= holds {chosen.size} devices, {len(set(chosen))} of them distinct; give each once.")
+    chosen = check_devices(jax.devices() if devices is None else devices)
     shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen.size)
     if devices is None:
         # JAX knows which order of the chips makes neighbours on the wire neighbours on the mesh.
         return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
     return Mesh(chosen.reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def check_devices(devices: Any) -> np.ndarray:
+    """Returns the devices as a flat array.
+
+    Raises:
+      MeshError: there is none, one comes twice, or one is no device.
+    """
+    chosen = np.array(devices, dtype=object).ravel() if isinstance(devices, Sequence | np.ndarray) else np.array([])
+    if not chosen.size or isinstance(devices, str) or not all(hasattr(device, "process_index") for device in chosen):
+        raise MeshError(f"devices= is {devices!r}; give a list of devices, as jax.devices()[:4].")
+    if len(set(chosen)) != chosen.size:
+        raise MeshError(f"devices= holds {chosen.size} devices, {len(set(chosen))} of them distinct; give each once.")
+    return chosen
 
 
 def check_axis_name(axis: str) -> None:
@@ -102,6 +115,8 @@ def fake_devices(count: int = 8) -> list[jax.Device]:
     >>> len(fake_devices(8))
     8
     """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise MeshError(f"count is {count!r}; give a whole number of devices, 1 or more.")
     # Once JAX has started it refuses; that is right if it did so with enough devices, which the count below tells.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)

@@ -257,13 +257,20 @@ class _Fill:
 def _entry_axes(entry: Any) -> tuple[str, ...]:
     if entry is None:
         return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
+    return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
 
 
 def _check_axes(spec: PartitionSpec, mesh: Mesh, subject: str) -> None:
+    repeated = [axis for axis in axes_of(spec) if axes_of(spec).count(axis) > 1]
+    if repeated:
+        raise PartitionError(
+            f"{subject} gives {spec}, which names {repeated[0]!r} twice; an axis splits one dim of a leaf."
+        )
     for dim, entry in enumerate(spec):
         if entry is PartitionSpec.UNCONSTRAINED:
             raise PartitionError(f"{subject} gives UNCONSTRAINED for dim {dim}; a leaf at rest needs an axis or None.")
+        if not all(isinstance(axis, str) for axis in _entry_axes(entry)):
+            raise PartitionError(f"{subject} gives {entry!r} for dim {dim}; name axes of the mesh {dict(mesh.shape)}.")
         for axis in _entry_axes(entry):
             if axis in mesh.shape:
                 continue

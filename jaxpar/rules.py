@@ -25,7 +25,7 @@ def fsdp(*, axis: str = "fsdp", min_size: int = 128) -> list[Rule]:
     >>> import jaxpar
     >>> strategy = jaxpar.sharded(jaxpar.make_mesh(fsdp=-1), jaxpar.rules.fsdp(min_size=2**14))
     """
-    return [(".*", _split_largest("FSDP", axis, min_size))]
+    return [(".*", _split_largest("FSDP", axis, _check_min_size(min_size)))]
 
 
 def zero1(*, axis: str = "data", min_size: int = 128) -> list[Rule]:
@@ -40,7 +40,7 @@ def zero1(*, axis: str = "data", min_size: int = 128) -> list[Rule]:
     >>> import jaxpar
     >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=-1), jaxpar.rules.zero1(min_size=2**14))
     """
-    return [("^opt_state", _split_largest("ZERO1", axis, min_size)), (".*", None)]
+    return [("^opt_state", _split_largest("ZERO1", axis, _check_min_size(min_size))), (".*", None)]
 
 
 def megatron(*, column: Sequence[str] = (), row: Sequence[str] = (), axis: str = "model") -> list[Rule]:
@@ -59,6 +59,9 @@ def megatron(*, column: Sequence[str] = (), row: Sequence[str] = (), axis: str =
     >>> import jaxpar
     >>> strategy = jaxpar.sharded(jaxpar.make_mesh(model=-1), jaxpar.rules.megatron(column=["c_fc"], row=["c_proj"]))
     """
+    for name, layers in (("column", column), ("row", row)):
+        if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+            raise PartitionError(f"{name} is {layers!r}; give a list of layers' names, as ['up'].")
     columns, rows = ("up", "gate", "fc1", r"wi(_\d+)?", *column), ("down", "fc2", "wo", *row)
 
     def split(dim: int) -> SpecFn:
@@ -88,6 +91,12 @@ def megatron(*, column: Sequence[str] = (), row: Sequence[str] = (), axis: str =
         (r"(^|/)embedding$", split(-2)),
         (".*", leave),
     ]
+
+
+def _check_min_size(min_size: int) -> int:
+    if isinstance(min_size, bool) or not isinstance(min_size, int) or min_size < 0:
+        raise PartitionError(f"min_size is {min_size!r}; give a whole number of elements, 0 or more.")
+    return min_size
 
 
 def _layer(names: Sequence[str], leaves: str) -> str:

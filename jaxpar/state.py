@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen, nnx, struct, traverse_util
 from flax.core import meta, spmd, unfreeze
@@ -95,9 +96,13 @@ class TrainState:
             raise StateError(
                 f"tx is a {type(tx).__name__}; give an optax.GradientTransformation, as optax.adamw(3e-4)."
             )
-        params, model_state, static = (
-            _split_nnx(model, tx) if isinstance(model, nnx.Module) else _split_linen(model, tx)
-        )
+        if trainable is not None and not callable(trainable):
+            raise StateError(f"trainable is {trainable!r}; give a function of a parameter's path that returns a bool.")
+        if dynamic_scale is not None and not isinstance(dynamic_scale, DynamicScale):
+            raise StateError(f"dynamic_scale is {dynamic_scale!r}; give flax.training.dynamic_scale.DynamicScale().")
+        split = _split_nnx if isinstance(model, nnx.Module) else _split_linen
+        params, model_state, static = split(model, tx)
+        _check_leaves({"params": params, "model_state": model_state})
         frozen = frozenset(path for path, leaf in named_leaves(params, "params") if not _trains(path, leaf, trainable))
         if len(frozen) == len(jax.tree.leaves(params)):
             raise StateError(
@@ -206,6 +211,19 @@ def _join(root: str, path: tuple) -> str:
     return "/".join((root, *map(str, path)))
 
 
+def _check_leaves(tree: Tree) -> None:
+    seen = set()
+    for path, leaf in named_leaves(tree):
+        if path in seen:
+            raise StateError(f"Two leaves of the model have the path {path!r}; rename one, without a '/' in its name.")
+        seen.add(path)
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            raise StateError(
+                f"{path!r} is {leaf!r}, a {type(leaf).__name__} and not an array; make the model inside init_fn, and "
+                "the state with strategy.init."
+            )
+
+
 def _trains(path: str, leaf: Any, trainable: Callable[[str], bool] | None) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact) and (trainable is None or bool(trainable(path)))
 
@@ -233,6 +251,10 @@ def _split_nnx(model: nnx.Module, tx: optax.GradientTransformation) -> tuple[Tre
 
 
 def _split_linen(model: Any, tx: optax.GradientTransformation) -> tuple[Tree, Tree, Static]:
+    if isinstance(model, linen.Module):
+        raise StateError(f"model is the linen module {type(model).__name__}; give its variables: module.init(key, x).")
+    if isinstance(model, type):
+        raise StateError(f"model is the class {model.__name__}; give a module made of it, or linen variables.")
     if not isinstance(model, Mapping) or "params" not in model:
         given = f"a mapping with the keys {sorted(map(str, model))}" if isinstance(model, Mapping) else f"{type(model)}"
         raise StateError(f"model is {given}; give an nnx.Module, or linen variables: {{'params': ...}}.")
@@ -247,7 +269,7 @@ def _split_linen(model: Any, tx: optax.GradientTransformation) -> tuple[Tree, Tr
     )
     # A box's own unbox() would constrain the value on whatever mesh is set; the layout is the strategy's affair.
     plain = jax.tree.map(lambda leaf: leaf.value if is_box(leaf) else leaf, boxed, is_leaf=is_box)
-    plain = jax.tree.map(jnp.asarray, plain)
+    plain = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, plain)
     return plain.pop("params"), plain, Static(tx, annotations=annotations)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpar.batch import BatchError, match_path, name_leaf
 from jaxpar.layout import Layout
@@ -78,7 +78,7 @@ class Step:
 
     def __call__(self, state: Any, batch: Any) -> Any:
         """Returns what the function does, for a state and a batch that lie on the strategy's devices."""
-        kind = state.static if type(state) is TrainState else jax.tree.structure(state)
+        kind, probe = (state.static, state.step) if type(state) is TrainState else _structure_of(state)
         leaves, treedef = jax.tree.flatten(batch)
         try:
             key = kind, treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
@@ -88,9 +88,12 @@ class Step:
         if run is None:
             run = self._prepare(state, batch, key)
         try:
+            # JAX 0.10 crashes the process when a compiled step is given a buffer that is gone, so look before.
+            if probe.is_deleted() or True in [leaf.is_deleted() for leaf in leaves]:
+                raise _name_deleted(state, batch)
             return run(state, batch)
         except Exception as error:
-            named = self._explain(state, batch, self._state_shapes[kind], error)
+            named = self._explain(state, batch, self._state_shapes[kind])
             if named is None:
                 raise
             raise named from error
@@ -126,6 +129,11 @@ class Step:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != mesh_devices:
                 raise _not_placed(batch, name_leaf(path))
+            if self.strategy.engine.example_dims == 2 and leaf.shape[:1] != (self.strategy.num_shards,):
+                raise _not_placed(batch, name_leaf(path))
+            sharding = NamedSharding(self.strategy.mesh, self.strategy.engine.batch_spec(match_path(path), leaf.shape))
+            if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+                raise _not_placed(batch, name_leaf(path))
 
     def _check_state(self, state: Any) -> None:
         mesh_devices = set(self.strategy.mesh.devices.flat)
@@ -157,14 +165,8 @@ class Step:
                 f"microbatches = {unit}; pad to {rows - rows % unit + unit} with jaxpar.pad_batch."
             )
 
-    def _explain(self, state: Any, batch: Any, shapes: Any, error: Exception) -> Exception | None:
+    def _explain(self, state: Any, batch: Any, shapes: Any) -> Exception | None:
         """What is wrong with the state or the batch, looked for once the step has failed; None if nothing is."""
-        for path, leaf in named_leaves((state, batch)) if "deleted" in str(error) else ():
-            if isinstance(leaf, jax.Array) and leaf.is_deleted():
-                return StateError(
-                    f"Leaf {path!r} of (state, batch) was given up to an earlier call of the step, which takes "
-                    "over its state's memory; use the state that the call returned."
-                )
         try:
             self._check_batch(batch)
             self._check_state(state)
@@ -188,6 +190,21 @@ def _global_rows(strategy: "Strategy", batch: Any) -> int:
     )
 
 
+def _structure_of(state: Any) -> tuple[Any, Any]:
+    leaves, treedef = jax.tree.flatten(state)
+    if not leaves:
+        raise StateError(f"The state {state!r} has no leaf; give arrays, or what jaxpar.TrainState.create gives.")
+    return treedef, leaves[0]
+
+
+def _name_deleted(state: Any, batch: Any) -> StateError:
+    path = next(path for path, leaf in named_leaves({"state": state, "batch": batch}) if leaf.is_deleted())
+    return StateError(
+        f"Leaf {path!r} is gone: an earlier call of a step took over the memory of the state it was given; use the "
+        "state that the call returned, or strategy.place(state) for a copy beforehand."
+    )
+
+
 def _first_change(batch: Any, before: Sequence[tuple[tuple[int, ...], Any]]) -> tuple[str, Any, Any]:
     for (path, leaf), (shape, dtype) in zip(jax.tree_util.tree_leaves_with_path(batch), before, strict=True):
         if leaf.shape != shape or leaf.dtype != dtype:
@@ -200,4 +217,6 @@ def _not_placed(batch: Any, name: str | None = None) -> BatchError:
         name = next(
             name_leaf(path) for path, leaf in jax.tree_util.tree_leaves_with_path(batch) if not hasattr(leaf, "dtype")
         )
-    return BatchError(f"Batch leaf {name} does not lie on the strategy's devices; pass strategy.shard_batch(batch).")
+    return BatchError(
+        f"Batch leaf {name} does not lie on the strategy's devices as it should; pass strategy.shard_batch(batch)."
+    )
