@@ -1,0 +1,110 @@
+"""The command line: `jaxpar train` and `jaxpar doctor`; changes with what a user may ask of it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import jaxpar
+from jaxpar.usage import UsageError, positive_number, whole_number
+
+# jaxpar.AXES is beside code that imports JAX, for which --help would wait.
+_AXES = ("data", "fsdp", "stage", "expert", "context", "model")
+_MAX_SEED = 2**32 - 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code of `jaxpar` run with the arguments, by default those of the process.
+
+    0: all is well; 1: it was not (a loss that is no number, a violated pin); 2: bad arguments; 130: interrupted.
+
+    >>> main(["doctor"])
+    Python ...
+    All is well.
+    0
+    """
+    try:
+        options = _make_parser().parse_args(arguments)
+        return options.run(options)
+    except UsageError as error:
+        print(f"jaxpar: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxpar: interrupted", file=sys.stderr)
+        return 130
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxpar", description=jaxpar.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"jaxpar {jaxpar.__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True, dest="command")
+    train = commands.add_parser(
+        "train",
+        help="train a byte-level transformer on text, on any mesh",
+        description="Trains a byte-level decoder-only transformer on text: the same curve on every mesh.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_placement(train)
+    _add_job(train)
+    _add_model(train)
+    train.set_defaults(run=_train)
+    doctor = commands.add_parser("doctor", help="say what JAX sees here, and what its settings cost")
+    doctor.set_defaults(run=_doctor)
+    for each in (parser, train, doctor):
+        # argparse would print the usage too, several lines, and leave the process.
+        each.error = _raise_usage
+    return parser
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help=f"sizes of mesh axes, of {', '.join(_AXES)}; one may be -1. If not given, all devices lie on data",
+    )
+    either.add_argument("--pmap", action="store_true", help="data parallel over all devices, with jax.pmap")
+    group.add_argument("--fake-devices", type=whole_number(1), metavar="N", help="run on N CPU devices, made up")
+    group.add_argument("--microbatches", type=whole_number(1), default=1, metavar="N", help="parts of a batch, in turn")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what")
+    group.add_argument("--text", metavar="PATH", help="file or folder; if not given, Python's own standard library")
+    group.add_argument("--out", metavar="DIR", help="folder for log.jsonl (a row a step) and loss.png")
+    group.add_argument("--steps", type=whole_number(1), default=200, metavar="N", help="how many")
+    group.add_argument("--seed", type=whole_number(0, _MAX_SEED), default=0, metavar="N", help="of all randomness")
+    group.add_argument("--batch-size", type=whole_number(1), default=32, metavar="N", help="rows, over all devices")
+    group.add_argument("--seq-len", type=whole_number(1), default=64, metavar="N", help="bytes in a row")
+    group.add_argument("--learning-rate", type=positive_number, default=4e-3, metavar="X", help="at its peak")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--d-model", type=whole_number(1), default=128, metavar="N", help="features between layers")
+    group.add_argument("--layers", type=whole_number(1), default=2, metavar="N", help="how many")
+    group.add_argument("--heads", type=whole_number(1), default=8, metavar="N", help="query heads")
+    group.add_argument("--kv-heads", type=whole_number(1), default=4, metavar="N", help="key/value heads")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from jaxpar.train_command import train
+
+    return train(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from jaxpar.doctor import examine
+
+    return examine()
+
+
+def _raise_usage(message: str) -> NoReturn:
+    raise UsageError(f"{message}; --help lists what there is.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""`jaxpar train`: a byte-level transformer trained on text under any mesh; the worked example of the whole API."""
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+
+import jaxpar
+from jaxpar import train_report
+from jaxpar.layout import Layout
+from jaxpar.text import Text, TextError, draw_batches, even_batches, read_text
+from jaxpar.transformer import Sizes, Transformer
+from jaxpar.usage import UsageError
+
+_HELD_OUT_BYTES = 2**16
+_SAMPLE_BYTES = 200
+_TEMPERATURE = 0.8
+_USED_AXES = ("data", "fsdp", "expert", "context", "model")
+
+
+class _Job(NamedTuple):
+    """What there is to do, checked: nothing of it has been compiled yet."""
+
+    options: argparse.Namespace
+    strategy: jaxpar.Strategy
+    init_fn: Callable[[jax.Array], jaxpar.TrainState]
+    layout: Layout
+    text: Text
+
+
+def train(options: argparse.Namespace) -> int:
+    """Returns 0 once the model of `jaxpar train` is trained, scored and sampled; 1 if its loss is no number.
+
+    Raises:
+      UsageError: the options can't be; nothing has been compiled yet.
+    """
+    # Lines stay whole where the output is a file; on a terminal they wrap by themselves.
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    job = _prepare(options)
+    rows: list[train_report.Row] = []
+    with train_report.open_log(options.out) as write_log:
+        train_report.print_layout(console, job.strategy, job.layout)
+        console.print(
+            f"{job.text.name}: {job.text.num_files:,} files, {len(job.text.train):,} bytes to train on, "
+            f"{len(job.text.held_out):,} held out"
+        )
+        if options.out and not train_report.can_draw():
+            console.print("There will be no loss.png, which matplotlib draws: pip install 'jaxpar[plot]'")
+        with train_report.show_progress(console, options.steps) as show:
+            state = _run_steps(job, [rows.append, show, write_log])
+    if not math.isfinite(rows[-1]["loss"]):
+        console.print(f"The loss is {rows[-1]['loss']} at step {rows[-1]['step']}; try a lower --learning-rate.")
+        return 1
+    held_out, num_bytes = _score(job, state)
+    console.print(f"trained at {train_report.tokens_per_second(rows):,.0f} tokens/s, the first step left out")
+    console.print(f"held out: {held_out:.4f} nats per byte, over {num_bytes:,} bytes")
+    if options.out and train_report.can_draw():
+        train_report.save_curve(options.out, rows, held_out)
+    prompt, sample = _sample(job, state)
+    console.print("a sample; first held-out text, then what the model makes of it:\n", style="bold")
+    console.print(train_report.as_printable(prompt, console.encoding), style="dim", end="")
+    console.print(train_report.as_printable(sample, console.encoding))
+    return 0
+
+
+def loss_fn(model: nnx.Module, batch: Any, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    """Returns each row's mean loss in nats per byte; no metrics of its own."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["x"]), batch["y"].astype(jnp.int32))
+    return losses.mean(axis=-1), {}
+
+
+def continue_bytes(model: nnx.Module, prompt_BT: jax.Array, count: int, seed: int) -> jax.Array:
+    """Returns `count` bytes for each row, drawn one after the other, each seen with the T before it; alike in all rows.
+
+    The draws come from the seed alone, so that every shard of every mesh makes the same text.
+    """
+
+    def draw(window_BT: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BV = model(window_BT)[:, -1] / _TEMPERATURE
+        gumbel_V = jax.random.gumbel(key, logits_BV.shape[-1:])
+        next_B = jnp.argmax(logits_BV + gumbel_V, axis=-1).astype(window_BT.dtype)
+        return jnp.concatenate([window_BT[:, 1:], next_B[:, None]], axis=1), next_B
+
+    _, drawn_NB = jax.lax.scan(draw, prompt_BT, jax.random.split(jax.random.key(seed), count))
+    return drawn_NB.T
+
+
+def _prepare(options: argparse.Namespace) -> _Job:
+    """The job that the options ask for.
+
+    Raises:
+      UsageError: they can't be, or don't fit each other.
+    """
+    sizes = _read_sizes(options)
+    try:
+        text = read_text(options.text, min_bytes=options.seq_len + 1)
+        strategy = _make_strategy(options)
+        _check_fit(options, strategy)
+        init_fn = _make_init_fn(options, sizes)
+        return _Job(options, strategy, init_fn, strategy.layout(init_fn), text)
+    except (TextError, jaxpar.MeshError, jaxpar.PartitionError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _read_sizes(options: argparse.Namespace) -> Sizes:
+    d_model, heads, kv_heads = options.d_model, options.heads, options.kv_heads
+    if d_model % (2 * heads):
+        raise UsageError(
+            f"--d-model {d_model} does not divide into --heads {heads} of even size, which rotary positions need; "
+            f"give a multiple of {2 * heads}."
+        )
+    if heads % kv_heads:
+        raise UsageError(f"--heads {heads} does not divide by --kv-heads {kv_heads}: each serves as many query heads.")
+    # Two thirds of the usual 4, for the third matrix of a gated MLP; a multiple of 64 divides over most axes.
+    return Sizes(d_model, options.layers, heads, kv_heads, hidden=64 * math.ceil(8 * d_model / 3 / 64))
+
+
+def _make_strategy(options: argparse.Namespace) -> jaxpar.Strategy:
+    """The strategy, its rules chosen by the axes of the mesh."""
+    devices = None if options.fake_devices is None else _make_fake_devices(options.fake_devices)
+    if options.pmap:
+        return jaxpar.data_parallel(devices)
+    mesh = jaxpar.make_mesh(options.mesh, devices=devices)
+    unused = [axis for axis, size in mesh.shape.items() if axis not in _USED_AXES and size > 1]
+    if unused:
+        raise UsageError(
+            f"--mesh axis {unused[0]!r} of size {mesh.shape[unused[0]]} splits nothing of this model; it can use "
+            f"{', '.join(_USED_AXES)}."
+        )
+    rules = [rules for axis, rules in (("model", jaxpar.MEGATRON), ("fsdp", jaxpar.FSDP)) if axis in mesh.shape]
+    return jaxpar.sharded(mesh, *rules)
+
+
+def _make_fake_devices(count: int) -> list[jax.Device]:
+    platforms = os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if "cpu" not in platforms.split(","):
+        raise UsageError(
+            f"--fake-devices {count} are CPU devices, but JAX_PLATFORMS={platforms} rules them out; unset it."
+        )
+    return jaxpar.fake_devices(count)
+
+
+def _check_fit(options: argparse.Namespace, strategy: jaxpar.Strategy) -> None:
+    """Raises UsageError unless batch, sequence and heads divide over the mesh."""
+    shards, parts, rows = strategy.num_shards, options.microbatches, options.batch_size
+    unit = shards * parts
+    if rows % unit:
+        raise UsageError(
+            f"--batch-size {rows} does not divide by {shards} data shards x {parts} microbatches = {unit}; give "
+            f"{math.ceil(rows / unit) * unit}{f', or {rows // unit * unit}' if rows > unit else ''}."
+        )
+    for axis, flag, number in (("model", "--heads", options.heads), ("context", "--seq-len", options.seq_len)):
+        size = strategy.mesh.shape.get(axis, 1)
+        if number % size:
+            raise UsageError(f"{flag} {number} does not divide by {size}, the size of mesh axis {axis!r}.")
+
+
+def _make_init_fn(options: argparse.Namespace, sizes: Sizes) -> Callable[[jax.Array], jaxpar.TrainState]:
+    peak = options.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, options.steps // 10, options.steps, peak / 10)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
+    return lambda rng: jaxpar.TrainState.create(Transformer(sizes, rngs=nnx.Rngs(rng)), tx)
+
+
+def _compute_dtype(options: argparse.Namespace) -> Any:
+    return None if options.dtype == "float32" else jnp.dtype(options.dtype)
+
+
+def _run_steps(job: _Job, tell: list[Callable[[train_report.Row], Any]]) -> jaxpar.TrainState:
+    """The trained state; each of `tell` gets each step's row. It ends early at a loss that is no number."""
+    options, strategy = job.options, job.strategy
+    state = strategy.init(job.init_fn, jax.random.key(options.seed))
+    train_step = jaxpar.make_train_step(
+        loss_fn, strategy, num_microbatches=options.microbatches, compute_dtype=_compute_dtype(options)
+    )
+    batches = draw_batches(
+        job.text.train,
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        steps=options.steps,
+    )
+    start = time.perf_counter()
+    for step, batch in enumerate(batches, start=1):
+        state, metrics = train_step(state, strategy.shard_batch(batch))
+        loss, end = float(metrics["loss"]), time.perf_counter()
+        for listener in tell:
+            listener({"step": step, "loss": loss, "tokens_per_second": batch["x"].size / (end - start)})
+        if not math.isfinite(loss):
+            break
+        start = end
+    return state
+
+
+def _score(job: _Job, state: jaxpar.TrainState) -> tuple[float, int]:
+    """The held-out loss in nats per byte, and over how many bytes it is the mean."""
+    options = job.options
+    batches = list(
+        even_batches(
+            job.text.held_out,
+            batch_size=options.batch_size,
+            seq_len=options.seq_len,
+            max_windows=max(1, _HELD_OUT_BYTES // options.seq_len),
+        )
+    )
+    eval_step = jaxpar.make_eval_step(loss_fn, job.strategy, compute_dtype=_compute_dtype(options))
+    loss, _ = jaxpar.evaluate(eval_step, state, batches)
+    return loss, sum(batch["x"].size for batch in batches)
+
+
+def _sample(job: _Job, state: jaxpar.TrainState) -> tuple[bytes, bytes]:
+    """Held-out text, and how the model goes on."""
+    strategy, options = job.strategy, job.options
+    prompt = job.text.held_out[: options.seq_len]
+    sample_step = jaxpar.make_eval_step(
+        lambda model, batch, rng: continue_bytes(model, batch["x"], _SAMPLE_BYTES, options.seed),
+        strategy,
+        compute_dtype=_compute_dtype(options),
+    )
+    # Every shard needs a row of its own.
+    rows = sample_step(state, strategy.shard_batch({"x": np.tile(prompt, (strategy.num_shards, 1))}))
+    return prompt.tobytes(), np.asarray(rows[0]).tobytes()

@@ -1,0 +1,127 @@
+"""What `jaxpar train` shows and writes: a table, the progress line, the log and the curve."""
+
+import contextlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text as Line
+
+from jaxpar.layout import Layout, format_bytes
+from jaxpar.strategy import Strategy
+from jaxpar.usage import UsageError
+
+Row = dict[str, Any]
+
+
+def print_layout(console: Console, strategy: Strategy, layout: Layout) -> None:
+    """Prints the mesh, the number of parameters, and what each device holds of the state."""
+    devices = strategy.mesh.devices.ravel()
+    axes = " x ".join(f"{axis}={size}" for axis, size in strategy.mesh.shape.items())
+    params = [row for row in layout.rows if row.path.startswith("params/")]
+    moments = sum(row.bytes_per_device for row in layout.rows if row.path.startswith("opt_state/"))
+    held = sum(row.bytes_per_device for row in params)
+    whole = sum(math.prod(row.shape) * row.dtype.itemsize for row in params)
+    table = Table(show_header=False)
+    table.add_row("mesh", f"{axes}, {devices.size} {devices[0].platform} device{'s' * (devices.size > 1)}")
+    table.add_row("strategy", Line(strategy.name))
+    table.add_row("parameters", f"{sum(math.prod(row.shape) for row in params):,}, {format_bytes(whole)}")
+    table.add_row(
+        "a device holds",
+        f"{format_bytes(layout.bytes_per_device)}: {format_bytes(held)} of parameters, {format_bytes(moments)} of "
+        "optimizer state",
+    )
+    left_whole = [row for row in layout.left_whole if row.path.startswith("params/")]
+    if left_whole:
+        reasons = dict.fromkeys(f"{row.path.rsplit('/', 2)[-2]}: {row.note}" for row in left_whole)
+        table.add_row("left whole", Line("\n".join(reasons)))
+    console.print(table)
+
+
+@contextlib.contextmanager
+def show_progress(console: Console, num_steps: int) -> Iterator[Callable[[Row], None]]:
+    """Yields `show(row)`: one live line on a terminal, elsewhere a line for each tenth of the steps."""
+    if not console.is_terminal:
+        marks = {math.ceil(num_steps * tenth / 10) for tenth in range(11)} | {1}
+        yield lambda row: console.print(_as_line(row)) if row["step"] in marks else None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling", total=num_steps)
+        yield lambda row: progress.update(task, completed=row["step"], description=_as_line(row))
+
+
+@contextlib.contextmanager
+def open_log(folder: str | None) -> Iterator[Callable[[Row], None]]:
+    """Yields `write(row)`, which adds a line to `log.jsonl` in the folder; without a folder it does nothing.
+
+    Raises:
+      UsageError: the folder can't be made or written to.
+    """
+    if folder is None:
+        yield lambda row: None
+        return
+    log = _open(Path(folder))
+
+    def write(row: Row) -> None:
+        # Whole lines at once: what a run that is killed leaves can be read.
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+
+    with log:
+        yield write
+
+
+def save_curve(folder: str, rows: Sequence[Row], held_out: float) -> None:
+    """Draws the loss of each step, and the held-out loss, into `loss.png`; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="training batch")
+    axes.axhline(held_out, linestyle="--", color="tab:orange", label=f"held out: {held_out:.3f}")
+    axes.set(xlabel="step", ylabel="loss, nats per byte")
+    axes.legend()
+    figure.savefig(Path(folder) / "loss.png", dpi=120)
+
+
+def can_draw() -> bool:
+    """Returns whether matplotlib, which `jaxpar[plot]` installs, is there."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def as_printable(data: bytes, encoding: str) -> str:
+    r"""Returns bytes as text that is safe for a terminal: control characters, and what it can't show, replaced.
+
+    >>> as_printable(b"a\tb\x1b[2J\xff", "ascii")
+    'a\tb?[2J?'
+    """
+    text = "".join(char if char.isprintable() or char in "\n\t" else "?" for char in data.decode(errors="replace"))
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def tokens_per_second(rows: Sequence[Row]) -> float:
+    """Returns the mean over all steps but the first, which compiles."""
+    timed = rows[1:] or rows
+    return len(timed) / math.fsum(1 / row["tokens_per_second"] for row in timed)
+
+
+def _as_line(row: Row) -> str:
+    return f"step {row['step']}  loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+
+
+def _open(folder: Path) -> TextIO:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("loss.png", "log.jsonl"):
+            # Found out now rather than after the training.
+            (folder / name).open("ab").close()
+        (folder / "loss.png").unlink()
+        return (folder / "log.jsonl").open("w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--out {str(folder)!r} can't be written: {error.strerror}: {error.filename!r}.") from error

@@ -1,0 +1,139 @@
+"""The model of `jaxpar train`: a decoder-only transformer over bytes, in plain Flax; knows nothing of devices.
+
+B rows, T bytes, C features, H heads, K key/value heads, D head size.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+VOCAB = 256
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+MakeMLP = Callable[..., nnx.Module]
+
+
+class Sizes(NamedTuple):
+    """How large a `Transformer` is.
+
+    Attributes:
+      d_model: the features of each byte between the layers.
+      layers: how many blocks.
+      heads: query heads; they divide `d_model` into heads of even size.
+      kv_heads: key/value heads, each shared by `heads // kv_heads` query heads.
+      hidden: the features inside each MLP.
+    """
+
+    d_model: int
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden: int
+
+    @property
+    def head_size(self) -> int:
+        """The features of one head."""
+        return self.d_model // self.heads
+
+
+def attend_causally(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array) -> jax.Array:
+    """Returns grouped-query attention in which no byte sees a later one, with the shape of the queries.
+
+    >>> attend_causally(jnp.ones((2, 5, 8, 4)), jnp.ones((2, 5, 2, 4)), jnp.ones((2, 5, 2, 4))).shape
+    (2, 5, 8, 4)
+    """
+    return jax.nn.dot_product_attention(q_BTHD, k_BTKD, v_BTKD, is_causal=True)
+
+
+def rotate(x_BTHD: jax.Array) -> jax.Array:
+    """Returns queries or keys turned by angles that grow with their place: products then tell how far apart two are.
+
+    Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+
+    >>> x = jnp.ones((1, 3, 1, 2))
+    >>> bool(jnp.allclose(rotate(x)[0, 0], x[0, 0])), bool(jnp.allclose(rotate(x)[0, 1], x[0, 1]))
+    (True, False)
+    """
+    half = x_BTHD.shape[-1] // 2
+    angles_TD = jnp.arange(x_BTHD.shape[1])[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    sin_T1D, cos_T1D = jnp.sin(angles_TD)[:, None], jnp.cos(angles_TD)[:, None]
+    first, second = jnp.split(x_BTHD, 2, axis=-1)
+    turned = jnp.concatenate([first * cos_T1D - second * sin_T1D, second * cos_T1D + first * sin_T1D], axis=-1)
+    # In a narrow dtype the angles alone stay float32: far places need more digits than bfloat16 has.
+    return turned.astype(x_BTHD.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """A gated MLP (Shazeer 2020, https://arxiv.org/abs/2002.05202), under the names that `jaxpar.MEGATRON` knows."""
+
+    def __init__(self, d_model: int, hidden: int, *, rngs: nnx.Rngs):
+        self.up = nnx.Linear(d_model, hidden, use_bias=False, rngs=rngs)
+        self.gate = nnx.Linear(d_model, hidden, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(hidden, d_model, use_bias=False, rngs=rngs)
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """Returns the MLP of each byte's features."""
+        return self.down(nnx.silu(self.gate(x_BTC)) * self.up(x_BTC))
+
+
+class Attention(nnx.Module):
+    """Projections around an attention function, named as Flax names them."""
+
+    def __init__(self, sizes: Sizes, *, attend: Attend, rngs: nnx.Rngs):
+        heads, kv_heads = (sizes.heads, sizes.head_size), (sizes.kv_heads, sizes.head_size)
+        self.query = nnx.LinearGeneral(sizes.d_model, heads, use_bias=False, rngs=rngs)
+        self.key = nnx.LinearGeneral(sizes.d_model, kv_heads, use_bias=False, rngs=rngs)
+        self.value = nnx.LinearGeneral(sizes.d_model, kv_heads, use_bias=False, rngs=rngs)
+        self.out = nnx.LinearGeneral(heads, sizes.d_model, axis=(-2, -1), use_bias=False, rngs=rngs)
+        self.attend = attend
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """Returns what each byte gathers from those before it."""
+        q_BTHD, k_BTKD = rotate(self.query(x_BTC)), rotate(self.key(x_BTC))
+        return self.out(self.attend(q_BTHD, k_BTKD, self.value(x_BTC)))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP, each of normalised features and added to them."""
+
+    def __init__(self, sizes: Sizes, *, attend: Attend, make_mlp: MakeMLP, rngs: nnx.Rngs):
+        self.norm1 = nnx.RMSNorm(sizes.d_model, rngs=rngs)
+        self.attention = Attention(sizes, attend=attend, rngs=rngs)
+        self.norm2 = nnx.RMSNorm(sizes.d_model, rngs=rngs)
+        self.mlp = make_mlp(sizes.d_model, sizes.hidden, rngs=rngs)
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """Returns the features after this layer."""
+        x_BTC = x_BTC + self.attention(self.norm1(x_BTC))
+        return x_BTC + self.mlp(self.norm2(x_BTC))
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer over bytes; its head is the embedding again.
+
+    Args:
+      sizes: how large it is.
+      attend: `attend(q_BTHD, k_BTKD, v_BTKD)`, any causal attention.
+      make_mlp: `make_mlp(d_model, hidden, rngs=rngs)`, the MLP of each layer.
+      rngs: for the parameters.
+
+    >>> model = Transformer(Sizes(d_model=16, layers=2, heads=4, kv_heads=2, hidden=32), rngs=nnx.Rngs(0))
+    >>> model(jnp.zeros((2, 5), jnp.uint8)).shape
+    (2, 5, 256)
+    """
+
+    def __init__(self, sizes: Sizes, *, attend: Attend = attend_causally, make_mlp: MakeMLP = SwiGLU, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(VOCAB, sizes.d_model, rngs=rngs)
+        # nnx.Embed alone would turn its table back into the dtype in which it was made.
+        self.embed.dtype = None
+        self.blocks = nnx.List([Block(sizes, attend=attend, make_mlp=make_mlp, rngs=rngs) for _ in range(sizes.layers)])
+        self.norm = nnx.RMSNorm(sizes.d_model, rngs=rngs)
+
+    def __call__(self, bytes_BT: jax.Array) -> jax.Array:
+        """Returns the logits of the byte after each, B T 256, in float32."""
+        x_BTC = self.embed(bytes_BT.astype(jnp.int32))
+        for block in self.blocks:
+            x_BTC = block(x_BTC)
+        return self.embed.attend(self.norm(x_BTC)).astype(jnp.float32)

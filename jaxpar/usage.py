@@ -1,0 +1,48 @@
+"""What a command line may be given: values read from text, and the error for those that can't be; imports no JAX."""
+
+import argparse
+import functools
+import math
+from collections.abc import Callable
+
+
+class UsageError(ValueError):
+    """Arguments that can't be: the message is the one line that the user sees."""
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Returns the argparse type of whole numbers from `low`, to `high` if given.
+
+    >>> whole_number(1)("12")
+    12
+    >>> whole_number(1)("0")
+    Traceback (most recent call last):
+    argparse.ArgumentTypeError: '0' is given; a whole number, 1 or more, is needed
+    """
+    return functools.partial(_read_whole, low, high)
+
+
+def positive_number(text: str) -> float:
+    """Returns the finite number above 0 that the text is: an argparse type.
+
+    >>> positive_number("3e-4")
+    0.0003
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is given; a finite number above 0 is needed")
+    return number
+
+
+def _read_whole(low: int, high: int | None, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        bound = f"{low} or more" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is given; a whole number, {bound}, is needed")
+    return number
