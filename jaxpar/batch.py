@@ -104,14 +104,24 @@ def pad_rows(
         xp = jnp if isinstance(leaf, jax.Array) else np
         return xp.concatenate([leaf, xp.repeat(leaf[-1:], target - rows, axis=0)])
 
+    check_weight(batch, rows)
     weight = np.asarray(batch.get(EXAMPLE_WEIGHT, np.ones(rows)), np.float32)
-    if weight.shape != (rows,):
-        raise BatchError(
-            f"Batch leaf [{EXAMPLE_WEIGHT!r}] has shape {weight.shape}; one weight an example is needed: ({rows},)."
-        )
     padded = dict(jax.tree_util.tree_map_with_path(pad, dict(batch)))
     padded[EXAMPLE_WEIGHT] = np.concatenate([weight, np.zeros(target - rows, np.float32)])
     return padded
+
+
+def check_weight(batch: Any, rows: int) -> None:
+    """Raises BatchError unless `example_weight`, where the batch has it, is one number of 0 or more an example."""
+    weight = batch.get(EXAMPLE_WEIGHT) if isinstance(batch, Mapping) else None
+    if weight is None:
+        return
+    if weight.shape != (rows,):
+        raise BatchError(
+            f"Batch leaf [{EXAMPLE_WEIGHT!r}] has shape {weight.shape}; give one weight an example: ({rows},)."
+        )
+    if isinstance(weight, np.ndarray) and weight.size and not weight.min() >= 0:
+        raise BatchError(f"Batch leaf [{EXAMPLE_WEIGHT!r}] holds {weight.min()}; a weight is 0 or more.")
 
 
 def name_leaf(path: tuple) -> str:

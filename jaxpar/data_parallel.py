@@ -129,7 +129,7 @@ def _watch_drift(run: StepFn, devices: Sequence[jax.Device], axis_name: str) -> 
                 if drifts:
                     where = path.removeprefix("0/") if path.startswith("0/") else f"output {path.removeprefix('1/')}"
                     raise DriftError(
-                        f"{where!r} differs among the {len(devices)} devices after {calls} calls of the step: it "
+                        f"{where!r} differs among the {len(devices)} devices after call {calls} of the step: it "
                         f"lacks a reduction, as jax.lax.pmean(x, {axis_name!r}), before it is returned."
                     )
         return result

@@ -1,7 +1,7 @@
 """`make_eval_step` and `evaluate`: what a model gives on a batch, and exactly on average over a data set."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxpar.batch import BatchError, count_rows, pad_rows, read_batch
 from jaxpar.loss import Weighted, call_model, grow, mean_value, sum_values
 from jaxpar.state import StateError, TrainState
 from jaxpar.step import Step
-from jaxpar.strategy import Strategy, cast_params
+from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy
 
 
 @struct.dataclass
@@ -96,6 +96,8 @@ def make_eval_step(
     >>> predict(state, strategy.shard_batch({"x": np.ones((16, 3), "float32")})).shape
     (16, 2)
     """
+    check_compute_dtype(compute_dtype)
+    check_strategy(strategy)
     if not callable(fn):
         raise TypeError(f"fn is {fn!r}; give a function fn(model, batch, rng).")
 
@@ -184,12 +186,16 @@ def _even_batches(strategy: Strategy, batches: Iterable[Any]) -> Iterable[tuple[
 
 def _agreeing(batches: Iterable[Any]) -> Iterable[Any]:
     """The batches; in many processes as many in each, None where this one has no more."""
-    iterator = iter(batches)
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise BatchError(f"batches is a {type(batches).__name__}; give an iterable of batches, as [batch].")
+    iterator, end = iter(batches), object()
     while True:
-        batch = next(iterator, None)
-        if not _largest(0 if batch is None else 1):
+        batch = next(iterator, end)
+        if batch is None:
+            raise BatchError("batches gave None where a batch was due.")
+        if not _largest(0 if batch is end else 1):
             return
-        yield batch
+        yield None if batch is end else batch
 
 
 def _largest(number: int) -> int:

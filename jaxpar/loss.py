@@ -101,8 +101,17 @@ def call_model(
     if evaluating:
         return result, model_state
     if static.graphdef is not None:
+        if isinstance(result, tuple) and len(result) == 3:
+            raise LossError(
+                "loss_fn returned updates for an nnx model, whose variables are read back by themselves; give "
+                "(loss, metrics)."
+            )
         return result, _like(read_model_state(static, model, model_state), model_state)
-    updates = read_loss(result)[2] or {}
+    updates = {} if (given := read_loss(result)[2]) is None else given
+    if not isinstance(updates, Mapping):
+        raise LossError(
+            f"loss_fn returned updates of type {type(updates).__name__}; give a dict of the changed collections."
+        )
     unknown = sorted(set(updates) - set(model_state))
     if unknown:
         raise StateError(

@@ -259,6 +259,13 @@ def _split_linen(model: Any, tx: optax.GradientTransformation) -> tuple[Tree, Tr
         given = f"a mapping with the keys {sorted(map(str, model))}" if isinstance(model, Mapping) else f"{type(model)}"
         raise StateError(f"model is {given}; give an nnx.Module, or linen variables: {{'params': ...}}.")
     boxed = unfreeze(dict(model))
+    lists = [
+        path
+        for path, leaf in traverse_util.flatten_dict({"params": boxed["params"]}).items()
+        if isinstance(leaf, list | tuple) or not path[1:]
+    ]
+    if lists:
+        raise StateError(f"{'/'.join(map(str, lists[0]))!r} is no dict; linen's params are nested dicts of arrays.")
     is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)
     annotations = tuple(
         (("model_state/" if not path.startswith("params/") else "") + path, _linen_spec(box))

@@ -1,5 +1,6 @@
 """`Step`: a function compiled for a strategy, and what it checks of its arguments before any compile."""
 
+import functools
 import math
 import time
 import warnings
@@ -7,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpar.batch import BatchError, match_path, name_leaf
 from jaxpar.layout import Layout
-from jaxpar.state import StateError, TrainState, named_leaves
+from jaxpar.state import StateError, TrainState, named_leaves, split_params
 
 if TYPE_CHECKING:
     from jaxpar.strategy import Strategy
@@ -69,7 +71,11 @@ class Step:
         num_microbatches: int = 1,
         compiler_options: dict[str, Any] | None = None,
     ):
-        self.strategy, self.fn = strategy, fn
+        if not callable(fn):
+            raise StateError(f"step is {fn!r}; give a function (state, batch) -> (state, out).")
+        if compiler_options is not None and not isinstance(compiler_options, dict):
+            raise ValueError(f"compiler_options is {compiler_options!r}; give a dict of XLA's options by name.")
+        self.strategy, self.fn = strategy, _keep_state(fn) if carries_state else fn
         self._carries_state, self._num_microbatches = carries_state, num_microbatches
         self._compiler_options = compiler_options
         self._runs: dict[Any, StepFn] = {}
@@ -101,15 +107,21 @@ class Step:
     def lower(self, state: Any, batch: Any) -> Any:
         """Returns `jax.stages.Lowered` for a state and a raw global batch, arrays or shapes."""
         batch = self.strategy.abstract_batch(batch)
+        self._check_state(state)
         self._check_rows(batch)
         return self.strategy.engine.lower(self.fn, state, batch, self._carries_state, self._compiler_options)
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
-        self._check_batch(batch)
         self._check_state(state)
+        self._check_batch(batch)
         self._check_rows(batch)
         start = time.perf_counter()
-        run = self.strategy.engine.prepare(self.fn, state, batch, self._carries_state, self._compiler_options)
+        try:
+            run = self.strategy.engine.prepare(self.fn, state, batch, self._carries_state, self._compiler_options)
+        except Exception as error:
+            if self._compiler_options and "option" in str(error):
+                raise ValueError(f"compiler_options={self._compiler_options} can't be used: {error}") from error
+            raise
         seconds = time.perf_counter() - start
         before = self._shapes.get(key[:2])
         if before is not None:
@@ -126,6 +138,8 @@ class Step:
 
     def _check_batch(self, batch: Any) -> None:
         mesh_devices = set(self.strategy.mesh.devices.flat)
+        if not jax.tree.leaves(batch):
+            raise BatchError(f"The batch {batch!r} has no leaf; give what strategy.shard_batch returns.")
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != mesh_devices:
                 raise _not_placed(batch, name_leaf(path))
@@ -138,13 +152,14 @@ class Step:
     def _check_state(self, state: Any) -> None:
         mesh_devices = set(self.strategy.mesh.devices.flat)
         for path, leaf in named_leaves(state):
-            devices = leaf.sharding.device_set if isinstance(leaf, jax.Array) else set()
-            if devices != mesh_devices:
+            devices = getattr(getattr(leaf, "sharding", None), "device_set", ())
+            if set(devices) != mesh_devices:
                 raise StateError(
                     f"State leaf {path!r} lies on {len(devices)} devices, but {self.strategy.name} uses "
                     f"{len(mesh_devices)}; make the state with strategy.init, or strategy.place(state)."
                 )
         if isinstance(state, TrainState):
+            _check_optimizer(state)
             layout = self.strategy.layout(state)
             for row, leaf, sharding in zip(layout.rows, jax.tree.leaves(state), layout.shardings, strict=True):
                 if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
@@ -188,6 +203,43 @@ def _global_rows(strategy: "Strategy", batch: Any) -> int:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
         if leaf.ndim >= dims and not strategy.shared(match_path(path))
     )
+
+
+def _keep_state(fn: StepFn) -> StepFn:
+    """`fn`, which must return `(state, out)`, the state with the same leaves: else the next call compiles again."""
+
+    @functools.wraps(fn)
+    def keeping(state: Any, batch: Any) -> Any:
+        result = fn(state, batch)
+        if type(result) is not tuple or len(result) != 2:
+            given = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
+            raise StateError(f"The step returned {given}; it gives (state, out).")
+        if jax.tree.structure(result[0]) != jax.tree.structure(state):
+            was, now = ({path for path, _ in named_leaves(tree)} for tree in (state, result[0]))
+            raise StateError(
+                f"The step returned a state that differs in {sorted(was ^ now) or 'its containers'} from the one it got; "
+                "it gives that one back with new values."
+            )
+        for (path, old), new in zip(named_leaves(state), jax.tree.leaves(result[0]), strict=True):
+            if (jnp.shape(new), jnp.result_type(new)) != (old.shape, old.dtype):
+                raise StateError(
+                    f"The step returned state leaf {path!r} as {jnp.shape(new)} {jnp.result_type(new)}; it was "
+                    f"{old.shape} {old.dtype}, and the next call needs it so."
+                )
+        return result
+
+    return keeping
+
+
+def _check_optimizer(state: TrainState) -> None:
+    trained, _ = split_params(state.params, state.static.frozen)
+    needed = jax.eval_shape(state.static.tx.init, trained)
+    if jax.tree.structure(needed) != jax.tree.structure(state.opt_state):
+        now, fits = ({path for path, _ in named_leaves(tree)} for tree in (state.opt_state, needed))
+        raise StateError(
+            f"The state's opt_state doesn't fit its params: they differ in {sorted(now ^ fits)[:4] or 'their containers'}; "
+            "make it anew with TrainState.create."
+        )
 
 
 def _structure_of(state: Any) -> tuple[Any, Any]:

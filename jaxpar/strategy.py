@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxpar.batch import BatchError, count_rows, match_path, name_leaf, read_batch
+from jaxpar.batch import BatchError, check_weight, count_rows, match_path, name_leaf, read_batch
 from jaxpar.initialisers import find_makers
 from jaxpar.layout import Layout, layout_state
 from jaxpar.partition import Rules
-from jaxpar.state import StateError, TrainState, as_key, leaf_path
+from jaxpar.state import StateError, TrainState, as_key, leaf_path, named_leaves
 from jaxpar.step import Engine, Step, StepFn
 
 
@@ -77,6 +77,11 @@ class Strategy:
         True
         """
         # device_put gives back the very buffers where a device stays, even with may_alias=False (jax 0.10.2).
+        gone = [path for path, leaf in named_leaves(state) if isinstance(leaf, jax.Array) and leaf.is_deleted()]
+        if gone:
+            raise StateError(
+                f"State leaf {gone[0]!r} is gone: a step took over its memory; place the state that it returned."
+            )
         state = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else np.array(leaf), state)
         leaves = jax.device_put(jax.tree.leaves(state), self._layout_of(state).shardings)
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
@@ -166,6 +171,7 @@ class Strategy:
     def _checked(self, batch: Any) -> Any:
         batch = read_batch(batch)
         rows = count_rows(batch, self.shared)
+        check_weight(batch, rows)
         parts = self.num_shards // self.data_shard()[1]
         if rows % parts:
             down, up = rows - rows % parts, rows - rows % parts + parts
@@ -215,6 +221,30 @@ def cast_params(params: Any, layout: Layout, strategy: Strategy, dtype: Any) -> 
         return strategy.engine.constrain(leaf.astype(dtype), specs["params/" + leaf_path(path)])
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def check_compute_dtype(dtype: Any) -> None:
+    """Raises ValueError unless it is None or a floating-point dtype that JAX keeps as it is."""
+    try:
+        known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"compute_dtype is {dtype!r}; give a floating-point dtype, as jnp.bfloat16, or None.")
+    if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise ValueError(
+            f"compute_dtype is {dtype!r}, which JAX keeps as {jax.dtypes.canonicalize_dtype(dtype)} unless "
+            "jax_enable_x64 is set."
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raises TypeError unless it is a `Strategy`."""
+    if not isinstance(strategy, Strategy):
+        raise TypeError(
+            f"strategy is a {type(strategy).__name__}; give what jaxpar.sharded(mesh, ...) or "
+            "jaxpar.data_parallel() returns."
+        )
 
 
 def param_specs(layout: Layout) -> dict[str, PartitionSpec]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.dynamic_scale import DynamicScale
 
@@ -15,7 +16,7 @@ from jaxpar.layout import Layout
 from jaxpar.loss import LossError, Weighted, call_model, grow, mean_value, read_loss, sum_values
 from jaxpar.state import StateError, Static, TrainState, join_params, leaf_path, split_params
 from jaxpar.step import Step
-from jaxpar.strategy import Strategy, cast_params, param_specs
+from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, param_specs
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
 _OWN_METRICS = ("loss", "grad_norm", "skipped")
@@ -62,10 +63,10 @@ def make_train_step(
     >>> sorted(metrics), int(state.step)
     (['grad_norm', 'loss'], 1)
     """
-    if isinstance(num_microbatches, bool) or not isinstance(num_microbatches, int) or num_microbatches < 1:
+    if not isinstance(num_microbatches, int | np.integer) or num_microbatches is True or num_microbatches < 1:
         raise ValueError(f"num_microbatches is {num_microbatches!r}; give a whole number, 1 or more.")
-    if compute_dtype is not None and not jnp.issubdtype(compute_dtype, jnp.floating):
-        raise ValueError(f"compute_dtype is {compute_dtype!r}; give a floating-point dtype, as jnp.bfloat16, or None.")
+    check_compute_dtype(compute_dtype)
+    check_strategy(strategy)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn is {loss_fn!r}; give a function loss_fn(model, batch, rng) -> (loss, metrics).")
 
@@ -84,7 +85,7 @@ def make_train_step(
         sum_shard = functools.partial(_sum_gradients, plan)
         return _update(state, strategy.engine.run_shards(sum_shard, axes, batch)(carry, batch))
 
-    return Step(strategy, train_step, num_microbatches=num_microbatches, compiler_options=compiler_options)
+    return Step(strategy, train_step, num_microbatches=int(num_microbatches), compiler_options=compiler_options)
 
 
 class _Plan(NamedTuple):
