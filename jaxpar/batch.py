@@ -1,7 +1,7 @@
 """Batches: any nest of arrays, its rows counted, checked and padded; changes with what users feed."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,8 @@ def read_batch(batch: Any) -> Any:
     >>> jax.tree.map(np.shape, read_batch({"x": [[1, 2], [3, 4]], "y": np.ones(2)}))
     {'x': (2, 2), 'y': (2,)}
     """
+    if isinstance(batch, Iterator):
+        raise BatchError(f"The batch is a {type(batch).__name__}, an iterator; give one batch of it, as next(batches).")
     try:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(batch, is_leaf=_is_number_list)
     except ValueError as error:

@@ -112,15 +112,18 @@ class Step:
         return self.strategy.engine.lower(self.fn, state, batch, self._carries_state, self._compiler_options)
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
-        self._check_state(state)
         self._check_batch(batch)
+        self._check_arrays(state)
+        self._check_state(state)
         self._check_rows(batch)
         start = time.perf_counter()
         try:
             run = self.strategy.engine.prepare(self.fn, state, batch, self._carries_state, self._compiler_options)
         except Exception as error:
-            if self._compiler_options and "option" in str(error):
-                raise ValueError(f"compiler_options={self._compiler_options} can't be used: {error}") from error
+            if self._compiler_options and "option" in str(error) and "are for jax.jit" not in str(error):
+                raise ValueError(
+                    f"compiler_options={self._compiler_options} can't be used: {error}; give XLA's names and values."
+                ) from error
             raise
         seconds = time.perf_counter() - start
         before = self._shapes.get(key[:2])
@@ -138,6 +141,8 @@ class Step:
 
     def _check_batch(self, batch: Any) -> None:
         mesh_devices = set(self.strategy.mesh.devices.flat)
+        if isinstance(batch, TrainState):
+            raise BatchError("The batch is a TrainState; call the step with (state, batch).")
         if not jax.tree.leaves(batch):
             raise BatchError(f"The batch {batch!r} has no leaf; give what strategy.shard_batch returns.")
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
@@ -148,6 +153,14 @@ class Step:
             sharding = NamedSharding(self.strategy.mesh, self.strategy.engine.batch_spec(match_path(path), leaf.shape))
             if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
                 raise _not_placed(batch, name_leaf(path))
+
+    def _check_arrays(self, state: Any) -> None:
+        for path, leaf in named_leaves(state):
+            if not isinstance(leaf, jax.Array):
+                raise StateError(
+                    f"State leaf {path!r} is {leaf!r}, not an array on devices; make the state with strategy.init, "
+                    "or place it with strategy.place(state)."
+                )
 
     def _check_state(self, state: Any) -> None:
         mesh_devices = set(self.strategy.mesh.devices.flat)
@@ -217,8 +230,8 @@ def _keep_state(fn: StepFn) -> StepFn:
         if jax.tree.structure(result[0]) != jax.tree.structure(state):
             was, now = ({path for path, _ in named_leaves(tree)} for tree in (state, result[0]))
             raise StateError(
-                f"The step returned a state that differs in {sorted(was ^ now) or 'its containers'} from the one it got; "
-                "it gives that one back with new values."
+                f"The step returned a state that differs from the one it got in {sorted(was ^ now) or 'containers'}; it "
+                "gives that one back with new values."
             )
         for (path, old), new in zip(named_leaves(state), jax.tree.leaves(result[0]), strict=True):
             if (jnp.shape(new), jnp.result_type(new)) != (old.shape, old.dtype):
@@ -237,7 +250,7 @@ def _check_optimizer(state: TrainState) -> None:
     if jax.tree.structure(needed) != jax.tree.structure(state.opt_state):
         now, fits = ({path for path, _ in named_leaves(tree)} for tree in (state.opt_state, needed))
         raise StateError(
-            f"The state's opt_state doesn't fit its params: they differ in {sorted(now ^ fits)[:4] or 'their containers'}; "
+            f"The state's opt_state doesn't fit its params: they differ in {sorted(now ^ fits)[:4] or 'containers'}; "
             "make it anew with TrainState.create."
         )
 
@@ -249,11 +262,16 @@ def _structure_of(state: Any) -> tuple[Any, Any]:
     return treedef, leaves[0]
 
 
-def _name_deleted(state: Any, batch: Any) -> StateError:
-    path = next(path for path, leaf in named_leaves({"state": state, "batch": batch}) if leaf.is_deleted())
+def _name_deleted(state: Any, batch: Any) -> ValueError | TypeError:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if leaf.is_deleted():
+            return BatchError(
+                f"Batch leaf {name_leaf(path)} was deleted; place it again with strategy.shard_batch(batch)."
+            )
+    path = next(path for path, leaf in named_leaves(state) if leaf.is_deleted())
     return StateError(
-        f"Leaf {path!r} is gone: an earlier call of a step took over the memory of the state it was given; use the "
-        "state that the call returned, or strategy.place(state) for a copy beforehand."
+        f"State leaf {path!r} is gone: an earlier call of a step took over the memory of its state; use the state that "
+        "the call returned, or strategy.place(state) for a copy beforehand."
     )
 
 

@@ -77,11 +77,11 @@ class Strategy:
         True
         """
         # device_put gives back the very buffers where a device stays, even with may_alias=False (jax 0.10.2).
-        gone = [path for path, leaf in named_leaves(state) if isinstance(leaf, jax.Array) and leaf.is_deleted()]
-        if gone:
-            raise StateError(
-                f"State leaf {gone[0]!r} is gone: a step took over its memory; place the state that it returned."
-            )
+        for path, leaf in named_leaves(state):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise StateError(f"State leaf {path!r} is a shape, not an array; make the state with strategy.init.")
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise StateError(f"State leaf {path!r} is gone: a step took over its memory; place what it returned.")
         state = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else np.array(leaf), state)
         leaves = jax.device_put(jax.tree.leaves(state), self._layout_of(state).shardings)
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
@@ -124,7 +124,11 @@ class Strategy:
         >>> strategy.shard_batch({"x": np.ones((16, 3))})["x"].sharding.spec
         P('data', None)
         """
-        return self.engine.put_batch(self._checked(batch))
+        batch = self._checked(batch)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise BatchError(f"Batch leaf {name_leaf(path)} is a shape, not an array; abstract_batch takes shapes.")
+        return self.engine.put_batch(batch)
 
     def abstract_batch(self, batch: Any) -> Any:
         """Returns what `shard_batch` would give as shapes, dtypes and shardings; it takes shapes as well as arrays."""
@@ -242,8 +246,7 @@ def check_strategy(strategy: Any) -> None:
     """Raises TypeError unless it is a `Strategy`."""
     if not isinstance(strategy, Strategy):
         raise TypeError(
-            f"strategy is a {type(strategy).__name__}; give what jaxpar.sharded(mesh, ...) or "
-            "jaxpar.data_parallel() returns."
+            f"strategy is {strategy!r}; give what jaxpar.sharded(mesh, ...) or jaxpar.data_parallel() returns."
         )
 
 
