@@ -158,8 +158,8 @@ class Step:
         for path, leaf in named_leaves(state):
             if not isinstance(leaf, jax.Array):
                 raise StateError(
-                    f"State leaf {path!r} is {leaf!r}, not an array on devices; make the state with strategy.init, "
-                    "or place it with strategy.place(state)."
+                    f"State leaf {path!r} is a {type(leaf).__name__}, not an array on devices; make the state with "
+                    "strategy.init, or place it with strategy.place(state)."
                 )
 
     def _check_state(self, state: Any) -> None:
@@ -230,8 +230,8 @@ def _keep_state(fn: StepFn) -> StepFn:
         if jax.tree.structure(result[0]) != jax.tree.structure(state):
             was, now = ({path for path, _ in named_leaves(tree)} for tree in (state, result[0]))
             raise StateError(
-                f"The step returned a state that differs from the one it got in {sorted(was ^ now) or 'containers'}; it "
-                "gives that one back with new values."
+                f"The step returned a state that differs from the one it got in {sorted(was ^ now) or 'containers'}; "
+                "it gives that one back with new values."
             )
         for (path, old), new in zip(named_leaves(state), jax.tree.leaves(result[0]), strict=True):
             if (jnp.shape(new), jnp.result_type(new)) != (old.shape, old.dtype):
