@@ -77,7 +77,8 @@ def to_numpy(tree):
 
 @every_strategy
 def test_each_device_holds_its_share_of_parameters_and_moments(kind):
-    strategy, state, _ = start(kind, make_task("nnx_decoder"))
+    # As init made it; most other tests see a copy that was placed.
+    strategy, state = _init_once(kind, make_task("nnx_decoder").init_fn)
     layout = strategy.layout(state)
     held = {path: leaf.addressable_shards[0].data.nbytes for path, leaf in named_leaves(state) if path != "rng"}
     assert held == {row.path: row.bytes_per_device for row in layout.rows if row.path != "rng"}
@@ -313,6 +314,20 @@ def test_microbatches_gather_split_weights_and_reduce_their_gradients_in_the_loo
 
 
 @compiled
+def test_the_sum_of_gradients_over_microbatches_stays_split():
+    _, state, step = start("fsdp", make_task("linen_mlp"), num_microbatches=4)
+    lowered = step.lower(state, make_batches("mlp", 1, rows=4096)[0])
+    # The zeros, each microbatch's gradient and the sum: asked for, whether or not a compiler would do so by itself.
+    for shape in ("8x32", "32x8"):
+        assert len(re.findall(rf'sdy.sharding_constraint .*"fsdp".* : tensor<{shape}xf32>', lowered.as_text())) == 3
+    text = lowered.compile(compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}).as_text()
+    (loop,) = [line for line in text.splitlines() if " while(" in line]
+    carried = re.findall(r"f32\[[\d,]+\]", loop.split(" while(")[0])
+    assert {"f32[8,4]", "f32[4,8]"} <= set(carried)
+    assert not {"f32[8,32]", "f32[32,8]"} & set(carried)
+
+
+@compiled
 def test_frozen_leaves_get_no_gradient_moment_or_reduction():
     task = make_task("linen_mlp")
     strategy = STRATEGIES["data"](DEVICES)
@@ -439,7 +454,7 @@ class Recorder(nnx.Module):
 
 
 @functools.cache
-def draw_masks(kind, num_microbatches=1, devices=DEVICES, steps=1):
+def draw_masks(kind, num_microbatches=1, devices=DEVICES, steps=1, weighted=False):
     """Returns the masks drawn for each row over some steps: from nnx's keys in even columns, the step's in odd ones."""
 
     def init_fn(rng):
@@ -457,7 +472,8 @@ def draw_masks(kind, num_microbatches=1, devices=DEVICES, steps=1):
     step = jaxpar.make_train_step(loss_fn, strategy, num_microbatches=num_microbatches)
     masks, before = [], 0
     for _ in range(steps):
-        state, _ = step(state, strategy.shard_batch({"row": np.arange(ROWS)}))
+        batch = {"row": np.arange(ROWS)} | ({"example_weight": np.ones(ROWS, "float32")} if weighted else {})
+        state, _ = step(state, strategy.shard_batch(batch))
         masks.append(np.round(np.asarray(state.params["drawn"]) - before, 3))
         before = np.asarray(state.params["drawn"])
     return masks
@@ -476,6 +492,24 @@ def test_no_two_rows_steps_shards_or_microbatches_draw_the_same_mask(kind, num_m
     assert set(np.unique(masks)) == {0, 1}
     for half in (masks[:, :64], masks[:, 64:]):
         assert len(np.unique(half, axis=0)) == 2 * ROWS
+
+
+@pytest.mark.parametrize("kind", ["pmap", "fsdp"])
+def test_rows_that_are_taken_one_by_one_for_their_weights_draw_masks_of_their_own(kind):
+    masks = np.concatenate(draw_masks(kind, weighted=True))
+    for half in (masks[:, :64], masks[:, 64:]):
+        assert len(np.unique(half, axis=0)) == ROWS
+
+
+@every_strategy
+def test_no_two_shards_of_an_eval_step_draw_the_same(kind):
+    strategy, state, _ = start(kind, make_task("linen_mlp"))
+
+    def fn(variables, batch, rng):
+        return jax.random.bernoulli(rng, 0.5, (*batch["y"].shape, 64))
+
+    drawn = jaxpar.make_eval_step(fn, strategy)(state, strategy.shard_batch(make_batches("mlp", 1)[0]))
+    assert len(np.unique(np.asarray(drawn), axis=0)) == ROWS
 
 
 # ---- what is refused
@@ -580,6 +614,8 @@ def test_evaluate_is_exact_with_a_short_last_batch(kind):
     strategy, state, _ = start(kind, make_task("linen_mlp"))
     rng = np.random.default_rng(0)
     x, mask = rng.normal(size=(37, 8)).astype("float32"), rng.integers(0, 2, 37).astype("float32")
+    # Padding repeats the last row: it must not count though that row does.
+    mask[-1] = 1
 
     def fn(variables, batch, rng):
         return {

@@ -1,0 +1,378 @@
+"""Removes or alters each collective, division, weight, fold-in and donation of the library in turn, and runs a test.
+
+`python tests/mutations.py` prints which test caught each one, and fails if any is left; with a word, only the mutations
+whose name holds it.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONTRACTS, EQUIVALENCE = "tests/test_contracts.py::test_", "tests/test_equivalence.py::test_"
+CELL = EQUIVALENCE + "every_strategy_trains_like_one_device"
+OWN_CELL = EQUIVALENCE + "shards_and_microbatches_together_train_like_one_device"
+PADDING = CONTRACTS + "padding_counts_for_nothing"
+FLOAT16 = CONTRACTS + "float16_divides_its_scale_out_and_skips_a_step_that_overflows[data]"
+MASKS = CONTRACTS + "no_two_rows_steps_shards_or_microbatches_draw_the_same_mask"
+EVALUATE = CONTRACTS + "evaluate_is_exact_with_a_short_last_batch"
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = [
+    # Collectives.
+    Mutation(
+        "gradients and loss not summed over shards",
+        "train.py",
+        "gradients, values = jax.lax.psum((sums.gradients, sums.values), plan.axes)",
+        "gradients, values = sums.gradients, sums.values",
+        PADDING + "[pmap]",
+    ),
+    Mutation(
+        "loss and weights not summed over shards",
+        "train.py",
+        "gradients, values = jax.lax.psum((sums.gradients, sums.values), plan.axes)",
+        "gradients, values = jax.lax.psum(sums.gradients, plan.axes), sums.values",
+        PADDING + "[pmap]",
+    ),
+    Mutation(
+        "gradients averaged, not summed",
+        "train.py",
+        "gradients, values = jax.lax.psum((sums.gradients, sums.values), plan.axes)",
+        "gradients, values = jax.lax.pmean((sums.gradients, sums.values), plan.axes)",
+        MASKS + "[pmap-1]",
+    ),
+    Mutation(
+        "model state not averaged over shards",
+        "train.py",
+        "jax.lax.pmean(leaf, plan.axes) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf",
+        "leaf",
+        CONTRACTS + "state_that_differs_by_shard_is_averaged_under_pmap",
+    ),
+    Mutation(
+        "eval sums not summed over shards",
+        "evaluation.py",
+        "jax.lax.psum(sums, axes) if axes else sums",
+        "sums",
+        EVALUATE + "[pmap]",
+    ),
+    Mutation(
+        "drift over devices not told",
+        "data_parallel.py",
+        "if drifts:",
+        "if False:",
+        CONTRACTS + "a_step_of_ones_own_that_lacks_a_reduction_is_named_under_pmap",
+    ),
+    Mutation(
+        "microbatches left to the compiler over data",
+        "sharded.py",
+        "return axes if num_microbatches > 1 else ()",
+        "return ()",
+        CONTRACTS + "data_parallel_gradients_are_reduced_once_a_step_in_one_collective[4-data]",
+    ),
+    Mutation(
+        "microbatches manual over an axis that splits parameters",
+        "sharded.py",
+        "mesh.shape[axis] > 1 and axis not in splits",
+        "mesh.shape[axis] > 1",
+        CONTRACTS + "microbatches_gather_split_weights_and_reduce_their_gradients_in_the_loop",
+    ),
+    # Divisions and fractions.
+    Mutation(
+        "microbatches not counted in the fraction",
+        "train.py",
+        "fraction = 1 / (shards * plan.num_microbatches)",
+        "fraction = 1 / shards",
+        OWN_CELL + "[fsdp-8-nnx_mlp-dropout_microbatches]",
+    ),
+    Mutation(
+        "shards not counted in the fraction",
+        "train.py",
+        "fraction = 1 / (shards * plan.num_microbatches)",
+        "fraction = 1 / plan.num_microbatches",
+        CONTRACTS + "no_two_rows_steps_shards_or_microbatches_draw_the_same_mask[pmap-1]",
+    ),
+    Mutation(
+        "a part of a mean not made a fraction",
+        "loss.py",
+        "mean if fraction == 1 else mean * fraction",
+        "mean",
+        CONTRACTS + "no_two_rows_steps_shards_or_microbatches_draw_the_same_mask[pmap-1]",
+    ),
+    Mutation(
+        "a weighted total not made a fraction",
+        "loss.py",
+        "return Weighted(grow(total).sum() * (fraction / rows), ",
+        "return Weighted(grow(total).sum(), ",
+        OWN_CELL + "[pmap-8-nnx_mlp-masked_microbatches]",
+    ),
+    Mutation(
+        "gradients not divided by the total weight",
+        "train.py",
+        "factor = jnp.where(take, 1 / jnp.where(take, weight, 1), 0)",
+        "factor = jnp.where(take, 1.0, 0)",
+        PADDING + "[data]",
+    ),
+    Mutation(
+        "the loss not divided by the total weight",
+        "loss.py",
+        "value.total / jnp.where(value.weight == 0, 1, value.weight)",
+        "value.total",
+        PADDING + "[data]",
+    ),
+    Mutation(
+        "eval fraction forgotten",
+        "evaluation.py",
+        "fraction = 1 / math.prod(jax.lax.axis_size(axis) for axis in axes)",
+        "fraction = 1",
+        EVALUATE + "[pmap]",
+    ),
+    Mutation(
+        "batches of an evaluation count alike, whatever their rows",
+        "evaluation.py",
+        "Weighted(value.total * num_rows, num_rows if value.weight is None else value.weight * num_rows)",
+        "Weighted(value.total, 1 if value.weight is None else value.weight)",
+        EVALUATE + "[data]",
+    ),
+    Mutation(
+        "float16's scale not multiplied in",
+        "train.py",
+        "(total if carry.scale is None else total * carry.scale)",
+        "total",
+        FLOAT16,
+    ),
+    Mutation(
+        "float16's scale not divided out",
+        "train.py",
+        "factor = (1 if factor is None else factor) / dynamic_scale.scale",
+        "factor = 1 if factor is None else factor",
+        FLOAT16,
+    ),
+    # Weights.
+    Mutation(
+        "padding weighs as much as an example",
+        "batch.py",
+        "np.concatenate([weight, np.zeros(target - rows, np.float32)])",
+        "np.concatenate([weight, np.ones(target - rows, np.float32)])",
+        PADDING + "[data]",
+    ),
+    Mutation(
+        "example weights not multiplied into the loss",
+        "loss.py",
+        "Weighted((value * weight).sum() * (fraction / rows)",
+        "Weighted(value.sum() * (fraction / rows)",
+        PADDING + "[data]",
+    ),
+    Mutation(
+        "example weights not multiplied into Weighted",
+        "loss.py",
+        "total, mass = total * weight, mass * weight",
+        "pass",
+        EVALUATE + "[data]",
+    ),
+    Mutation(
+        "example weights not multiplied into rows",
+        "evaluation.py",
+        "Weighted((means * weight).sum(), weight.sum())",
+        "Weighted(means.sum(), weight.sum())",
+        EVALUATE + "[data]",
+    ),
+    Mutation(
+        "a step of weight 0 is taken",
+        "train.py",
+        "take = weight != 0",
+        "take = weight >= 0",
+        CONTRACTS + "a_batch_that_weighs_nothing_gives_loss_zero_and_no_update[data]",
+    ),
+    Mutation(
+        "an overflow is taken",
+        "train.py",
+        "take = finite if take is None else take & finite",
+        "pass",
+        FLOAT16,
+    ),
+    # Fold-ins and rows.
+    Mutation(
+        "nothing folded into keys",
+        "loss.py",
+        "        key = jax.random.fold_in(key, number)",
+        "        pass",
+        MASKS + "[data-4]",
+    ),
+    Mutation(
+        "nothing folded into nnx's own keys",
+        "loss.py",
+        "    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):",
+        "    if True:",
+        MASKS + "[data-4]",
+    ),
+    Mutation(
+        "the shard not folded in",
+        "train.py",
+        "device = (jax.lax.axis_index(plan.axes),) if plan.axes else ()",
+        "device = ()",
+        MASKS + "[pmap-1]",
+    ),
+    Mutation(
+        "the step not folded in",
+        "train.py",
+        "keys = (carry.rng, carry.step, number, *device, *extra)",
+        "keys = (carry.rng, number, *device, *extra)",
+        MASKS + "[pmap-1]",
+    ),
+    Mutation(
+        "the microbatch not folded in",
+        "train.py",
+        "keys = (carry.rng, carry.step, number, *device, *extra)",
+        "keys = (carry.rng, carry.step, *device, *extra)",
+        MASKS + "[fsdp-4]",
+    ),
+    Mutation(
+        "the row not folded in where rows are taken one by one",
+        "loss.py",
+        "values, _ = call(jax.tree.unflatten(treedef, lone), (row,))",
+        "values, _ = call(jax.tree.unflatten(treedef, lone), ())",
+        CONTRACTS + "rows_that_are_taken_one_by_one_for_their_weights_draw_masks_of_their_own[fsdp]",
+    ),
+    Mutation(
+        "the shard not folded in by an eval step",
+        "evaluation.py",
+        "device = (jax.lax.axis_index(axes),) if axes else ()",
+        "device = ()",
+        CONTRACTS + "no_two_shards_of_an_eval_step_draw_the_same[pmap]",
+    ),
+    Mutation(
+        "a microbatch made of neighbours",
+        "train.py",
+        "jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0)",
+        "leaf.reshape(count, -1, *leaf.shape[1:])",
+        CONTRACTS + "batch_statistics_are_those_of_the_global_batch_or_microbatch[data-4]",
+    ),
+    # Donation and layout.
+    Mutation(
+        "no donation under jit",
+        "sharded.py",
+        "donate_argnums=(0,) if carries_state else (),",
+        "donate_argnums=(),",
+        CONTRACTS + "a_step_takes_over_its_states_buffers_and_gives_them_back_laid_out_alike[data]",
+    ),
+    Mutation(
+        "no donation under pmap",
+        "data_parallel.py",
+        "donate_argnums=(0,) if carries_state else (),",
+        "donate_argnums=(),",
+        CONTRACTS + "a_step_takes_over_its_states_buffers_and_gives_them_back_laid_out_alike[pmap]",
+    ),
+    Mutation(
+        "the state's layout after a step left to the compiler",
+        "sharded.py",
+        "out_shardings=(state_shardings, None) if carries_state else None,",
+        "out_shardings=None,",
+        CONTRACTS + "a_step_takes_over_its_states_buffers_and_gives_them_back_laid_out_alike[zero1]",
+    ),
+    Mutation(
+        "the state's layout at init left to the compiler",
+        "strategy.py",
+        "_split_init(init_fn)(rng)), out_shardings=layout.shardings)",
+        "_split_init(init_fn)(rng)))",
+        CONTRACTS + "each_device_holds_its_share_of_parameters_and_moments[fsdp]",
+    ),
+    Mutation(
+        "parameters gathered before they are cast",
+        "strategy.py",
+        'strategy.engine.constrain(leaf.astype(dtype), specs["params/" + leaf_path(path)])',
+        "leaf.astype(dtype)",
+        CONTRACTS + "bf16_compute_gathers_split_parameters_in_bf16",
+    ),
+    Mutation(
+        "gradients not kept split while they are summed",
+        "train.py",
+        "return plan.strategy.engine.constrain(leaf, spec) if any(spec) else leaf",
+        "return leaf",
+        CONTRACTS + "the_sum_of_gradients_over_microbatches_stays_split",
+    ),
+]
+
+
+class Outcome(NamedTuple):
+    mutation: Mutation
+    caught: bool
+    by: str
+    seconds: float
+
+
+def run_mutation(mutation: Mutation) -> Outcome:
+    """Returns whether the mutation's test fails on a copy of the library that has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for part in ("jaxpar", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        _apply(mutation, copy / "jaxpar" / mutation.file)
+        start = time.perf_counter()
+        code, text = _run_test(copy, mutation.test)
+        seconds = time.perf_counter() - start
+    failed = re.findall(r"^FAILED \S+?::(\S+)", text, re.MULTILINE)
+    # 1 is a failed test; anything else, such as a test that isn't there, proves nothing.
+    if code not in (0, 1) or (code == 1 and not failed):
+        raise RuntimeError(f"{mutation.name}: pytest ended with {code}:\n{text[-3000:]}")
+    return Outcome(mutation, code == 1, failed[0] if failed else "-", seconds)
+
+
+def check_unmutated(tests: list[str]) -> None:
+    """Raises unless the tests pass on the library as it is."""
+    code, text = _run_test(ROOT, *tests)
+    if code:
+        raise RuntimeError(f"The tests fail without any mutation:\n{text[-3000:]}")
+
+
+def run_mutations(word: str = "", workers: int = 2) -> list[Outcome]:
+    """Returns the outcome of each mutation whose name holds the word, and prints them as a table."""
+    chosen = [mutation for mutation in MUTATIONS if word in mutation.name]
+    check_unmutated(sorted({mutation.test for mutation in chosen}))
+    print("| mutation | file | caught by | s |\n|---|---|---|---|")
+    outcomes = []
+    with ThreadPoolExecutor(workers) as pool:
+        for outcome in pool.map(run_mutation, chosen):
+            by = outcome.by if outcome.caught else "**nothing**"
+            print(f"| {outcome.mutation.name} | {outcome.mutation.file} | {by} | {outcome.seconds:.0f} |", flush=True)
+            outcomes.append(outcome)
+    caught = sum(outcome.caught for outcome in outcomes)
+    print(f"{caught} of {len(outcomes)} caught")
+    return outcomes
+
+
+def _apply(mutation: Mutation, path: pathlib.Path) -> None:
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise RuntimeError(
+            f"{mutation.name}: {mutation.file} holds {mutation.old!r} {text.count(mutation.old)} times; it must once. "
+            "Bring the mutation up to date with the library."
+        )
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def _run_test(folder: pathlib.Path, *tests: str) -> tuple[int, str]:
+    # The folder comes first on the path, before the installed package: its jaxpar is what is imported.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(0 if all(outcome.caught for outcome in run_mutations(*sys.argv[1:2])) else 1)

@@ -1,0 +1,17 @@
+"""A library that lacks one collective, division, weight, fold-in or donation fails a test."""
+
+import mutations
+import pytest
+
+
+@pytest.mark.slow
+def test_every_mutation_is_caught():
+    outcomes = mutations.run_mutations()
+    assert len(outcomes) == len(mutations.MUTATIONS)
+    assert [outcome.mutation.name for outcome in outcomes if not outcome.caught] == []
+
+
+def test_each_mutation_applies_to_the_library_as_it_is():
+    for mutation in mutations.MUTATIONS:
+        text = (mutations.ROOT / "jaxpar" / mutation.file).read_text()
+        assert text.count(mutation.old) == 1, mutation.name
