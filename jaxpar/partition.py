@@ -219,8 +219,8 @@ class _Fill:
                 f"Rule {rule!r} gives {spec} for {leaf.path!r}, {len(spec)} dims, but its shape "
                 f"{leaf.shape} has {len(leaf.shape)}."
             )
-        entries = list(self.spec)
-        new = [None] * len(entries)
+        entries: list[Any] = list(self.spec)
+        new: list[Any] = [None] * len(entries)
         for dim, entry in enumerate(spec):
             axes = _entry_axes(entry)
             if entries[dim] is not None or not axes:

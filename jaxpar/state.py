@@ -283,5 +283,6 @@ def _split_linen(model: Any, tx: optax.GradientTransformation) -> tuple[Tree, Tr
 def _linen_spec(box: Any) -> PartitionSpec:
     """The mesh axes of a boxed linen leaf, logical names replaced by the rules that are set when it is created."""
     if isinstance(box, linen.LogicallyPartitioned):
-        return linen.logical_to_mesh_axes(box.names, rules=box.rules or spmd.get_logical_axis_rules())
+        rules = box.rules or spmd.get_logical_axis_rules()
+        return linen.logical_to_mesh_axes(box.names, rules=rules) or PartitionSpec()
     return box.get_partition_spec()

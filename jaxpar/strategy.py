@@ -268,7 +268,7 @@ def _split_init(init_fn: Callable[[jax.Array], TrainState]) -> Callable[[jax.Arr
             raise StateError(
                 f"init_fn returned a {type(state).__name__}; it returns what jaxpar.TrainState.create gives."
             )
-        return state.replace(rng=state_key)
+        return dataclasses.replace(state, rng=state_key)
 
     return init
 

@@ -1,5 +1,6 @@
 """`make_train_step`: the one train step that every strategy shares."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -108,7 +109,7 @@ class _Carry(NamedTuple):
     model_state: Any
     rng: jax.Array
     step: jax.Array
-    scale: jax.Array | None
+    scale: Any
 
 
 class _Sums(NamedTuple):
@@ -225,7 +226,8 @@ def _update(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, jax.A
         after = jax.tree.map(lambda new, old: jnp.where(take, new, old), after, before)
         metrics["skipped"] = 1.0 - take.astype(jnp.float32)
     trained, opt_state, model_state = after
-    return state.replace(
+    return dataclasses.replace(
+        state,
         step=state.step + 1,
         params=join_params(trained, frozen),
         opt_state=opt_state,
