@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import jaxpar
-from jaxpar.usage import UsageError, positive_number, whole_number
+from jaxpar.usage import UsageError, path_name, positive_number, whole_number
 
 # jaxpar.AXES is beside code that imports JAX, for which --help would wait.
 _AXES = ("data", "fsdp", "stage", "expert", "context", "model")
 _MAX_SEED = 2**32 - 1
+_MAX_SIZE = 2**20
+_MAX_FAKE_DEVICES = 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,28 +68,35 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         help=f"sizes of mesh axes, of {', '.join(_AXES)}; one may be -1. If not given, all devices lie on data",
     )
     either.add_argument("--pmap", action="store_true", help="data parallel over all devices, with jax.pmap")
-    group.add_argument("--fake-devices", type=whole_number(1), metavar="N", help="run on N CPU devices, made up")
-    group.add_argument("--microbatches", type=whole_number(1), default=1, metavar="N", help="parts of a batch, in turn")
+    size = whole_number(1, _MAX_SIZE)
+    group.add_argument(
+        "--fake-devices", type=whole_number(1, _MAX_FAKE_DEVICES), metavar="N", help="run on N CPU devices, made up"
+    )
+    group.add_argument("--microbatches", type=size, default=1, metavar="N", help="parts of a batch, in turn")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what")
-    group.add_argument("--text", metavar="PATH", help="file or folder; if not given, Python's own standard library")
-    group.add_argument("--out", metavar="DIR", help="folder for log.jsonl (a row a step) and loss.png")
+    size = whole_number(1, _MAX_SIZE)
+    group.add_argument(
+        "--text", type=path_name, metavar="PATH", help="file or folder; if not given, Python's own standard library"
+    )
+    group.add_argument("--out", type=path_name, metavar="DIR", help="folder for log.jsonl (a row a step) and loss.png")
     group.add_argument("--steps", type=whole_number(1), default=200, metavar="N", help="how many")
     group.add_argument("--seed", type=whole_number(0, _MAX_SEED), default=0, metavar="N", help="of all randomness")
-    group.add_argument("--batch-size", type=whole_number(1), default=32, metavar="N", help="rows, over all devices")
-    group.add_argument("--seq-len", type=whole_number(1), default=64, metavar="N", help="bytes in a row")
+    group.add_argument("--batch-size", type=size, default=32, metavar="N", help="rows, over all devices")
+    group.add_argument("--seq-len", type=size, default=64, metavar="N", help="bytes in a row")
     group.add_argument("--learning-rate", type=positive_number, default=4e-3, metavar="X", help="at its peak")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--d-model", type=whole_number(1), default=128, metavar="N", help="features between layers")
-    group.add_argument("--layers", type=whole_number(1), default=2, metavar="N", help="how many")
-    group.add_argument("--heads", type=whole_number(1), default=8, metavar="N", help="query heads")
-    group.add_argument("--kv-heads", type=whole_number(1), default=4, metavar="N", help="key/value heads")
+    size = whole_number(1, _MAX_SIZE)
+    group.add_argument("--d-model", type=size, default=128, metavar="N", help="features between layers")
+    group.add_argument("--layers", type=size, default=2, metavar="N", help="how many")
+    group.add_argument("--heads", type=size, default=8, metavar="N", help="query heads")
+    group.add_argument("--kv-heads", type=size, default=4, metavar="N", help="key/value heads")
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ class Text(NamedTuple):
     """What there is to read.
 
     Attributes:
-      name: where it comes from.
+      name: where it comes from, as a message begins.
       num_files: how many files it was read from.
       train: the bytes to train on.
       held_out: the bytes that training never sees.
@@ -33,7 +33,7 @@ class Text(NamedTuple):
     held_out: np.ndarray
 
 
-def read_text(path: str | Path | None = None, *, min_bytes: int = 2) -> Text:
+def read_text(path: str | Path | None = None, *, min_bytes: int = 1) -> Text:
     """Returns the bytes of a file, of all text files of a folder, or of the source of Python's own standard library.
 
     Files come in the order of their paths, whatever the file system's. Every tenth one is held out; where there are
@@ -48,9 +48,9 @@ def read_text(path: str | Path | None = None, *, min_bytes: int = 2) -> Text:
 
     >>> text = read_text()
     >>> text.name, len(text.train) > 1_000_000
-    ("the source of Python's standard library", True)
+    ("Python's own standard library", True)
     """
-    name = repr(str(path)) if path is not None else "the source of Python's standard library"
+    name = "Python's own standard library" if path is None else f"Text {str(path)!r}"
     parts = _read_files(name, _library_files() if path is None else _files_of(Path(path), name))
     pieces = parts if len(parts) >= HELD_OUT else np.array_split(np.concatenate([*parts, _NOTHING]), HELD_OUT)
     held_out = pieces[HELD_OUT - 1 :: HELD_OUT]
@@ -58,8 +58,8 @@ def read_text(path: str | Path | None = None, *, min_bytes: int = 2) -> Text:
     text = Text(name, len(parts), np.concatenate(train), np.concatenate(held_out))
     if min(len(text.train), len(text.held_out)) < min_bytes:
         raise TextError(
-            f"Text {name} gives {len(text.train):,} bytes to train on and {len(text.held_out):,} held out, from "
-            f"{len(parts):,} files, but each part needs at least {min_bytes:,}; give more text."
+            f"{name} gives {len(text.train):,} bytes to train on and {len(text.held_out):,} held out, from "
+            f"{len(parts):,} text files, but each part needs at least {min_bytes:,}; give more text."
         )
     return text
 
@@ -107,11 +107,11 @@ def _library_files() -> list[Path]:
 
 def _files_of(path: Path, name: str) -> list[Path]:
     if not path.exists():
-        raise TextError(f"Text {name} does not exist; give a file or a folder.")
+        raise TextError(f"{name} does not exist; give a file or a folder.")
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise TextError(f"Text {name} is neither a file nor a folder; give one of them.")
+        raise TextError(f"{name} is neither a file nor a folder; give one of them.")
     is_hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)
     return [file for file in _sorted_files(path, "*") if not is_hidden(file)]
 
@@ -127,7 +127,7 @@ def _read_files(name: str, files: list[Path]) -> list[np.ndarray]:
     try:
         size = sum(file.stat().st_size for file in files)
         if size > MAX_BYTES:
-            raise TextError(f"Text {name} has {size:,} bytes, but at most {MAX_BYTES:,} are read; give a part of it.")
+            raise TextError(f"{name} has {size:,} bytes, but at most {MAX_BYTES:,} are read; give a part of it.")
         parts = [file.read_bytes() for file in files]
     except OSError as error:
         raise TextError(f"Text {str(error.filename)!r} can't be read: {error.strerror}.") from error

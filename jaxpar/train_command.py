@@ -107,7 +107,10 @@ def _prepare(options: argparse.Namespace) -> _Job:
         _check_fit(options, strategy)
         init_fn = _make_init_fn(options, sizes)
         return _Job(options, strategy, init_fn, strategy.layout(init_fn), text)
-    except (TextError, jaxpar.MeshError, jaxpar.PartitionError) as error:
+    except jaxpar.MeshError as error:
+        hint = "" if options.fake_devices else " On a CPU, --fake-devices N makes up N devices."
+        raise UsageError(f"{error}{hint}") from error
+    except (TextError, jaxpar.PartitionError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -156,7 +159,7 @@ def _check_fit(options: argparse.Namespace, strategy: jaxpar.Strategy) -> None:
     if rows % unit:
         raise UsageError(
             f"--batch-size {rows} does not divide by {shards} data shards x {parts} microbatches = {unit}; give "
-            f"{math.ceil(rows / unit) * unit}{f', or {rows // unit * unit}' if rows > unit else ''}."
+            f"{-(-rows // unit) * unit}{f', or {rows // unit * unit}' if rows > unit else ''}."
         )
     for axis, flag, number in (("model", "--heads", options.heads), ("context", "--seq-len", options.seq_len)):
         size = strategy.mesh.shape.get(axis, 1)

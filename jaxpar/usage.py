@@ -22,6 +22,13 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return functools.partial(_read_whole, low, high)
 
 
+def path_name(text: str) -> str:
+    """Returns the text, which may be the path of a file or folder: an argparse type."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is given; the path of a file or folder is needed")
+    return text
+
+
 def positive_number(text: str) -> float:
     """Returns the finite number above 0 that the text is: an argparse type.
 
