@@ -65,7 +65,7 @@ class Layout:
     @property
     def left_whole(self) -> tuple[LayoutRow, ...]:
         """The rows that a heuristic left whole, largest first, each with its reason in `note`."""
-        whole = [row for row in self.rows if row.note.startswith("whole")]
+        whole = [row for row in self.rows if row.note and not any(row.spec)]
         return tuple(sorted(whole, key=lambda row: -row.bytes_per_device))
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from jaxpar.state import StateError, TrainState, as_key, leaf_path, named_leaves
 from jaxpar.step import Engine, Step, StepFn
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Strategy:
     """Where state and batch live, and how a step is compiled: what `sharded` and `data_parallel` return.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -218,8 +219,8 @@ def _update(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, jax.A
     }
     metrics["grad_norm"] = optax.tree.norm(jax.tree.map(grow, gradients))
     gradients = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradients, trained)
-    optimizer = optax.with_extra_args_support(state.static.tx)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, trained, value=metrics["loss"])
+    extra = {"value": metrics["loss"]} if _takes_value(state.static.tx) else {}
+    updates, opt_state = state.static.tx.update(gradients, state.opt_state, trained, **extra)
     after = (optax.apply_updates(trained, updates), opt_state, sums.model_state)
     if take is not None:
         before = (trained, state.opt_state, state.model_state)
@@ -234,6 +235,14 @@ def _update(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, jax.A
         model_state=model_state,
         dynamic_scale=dynamic_scale,
     ), metrics
+
+
+def _takes_value(tx: optax.GradientTransformation) -> bool:
+    """Whether an optimizer wants the loss too, as optax's reduce_on_plateau does."""
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        return False
+    parameters = inspect.signature(tx.update).parameters.values()
+    return any(parameter.name == "value" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _next_scale(dynamic_scale: DynamicScale, finite: jax.Array) -> DynamicScale:
