@@ -48,27 +48,14 @@ def train(options: argparse.Namespace) -> int:
     job = _prepare(options)
     rows: list[train_report.Row] = []
     with train_report.open_log(options.out) as write_log:
-        train_report.print_layout(console, job.strategy, job.layout)
-        console.print(
-            f"{job.text.name}: {job.text.num_files:,} files, {len(job.text.train):,} bytes to train on, "
-            f"{len(job.text.held_out):,} held out"
-        )
-        if options.out and not train_report.can_draw():
-            console.print("There will be no loss.png, which matplotlib draws: pip install 'jaxpar[plot]'")
+        _announce(console, job)
         with train_report.show_progress(console, options.steps) as show:
             state = _run_steps(job, [rows.append, show, write_log])
     if not math.isfinite(rows[-1]["loss"]):
         console.print(f"The loss is {rows[-1]['loss']} at step {rows[-1]['step']}; try a lower --learning-rate.")
         return 1
-    held_out, num_bytes = _score(job, state)
     console.print(f"trained at {train_report.tokens_per_second(rows):,.0f} tokens/s, the first step left out")
-    console.print(f"held out: {held_out:.4f} nats per byte, over {num_bytes:,} bytes")
-    if options.out and train_report.can_draw():
-        train_report.save_curve(options.out, rows, held_out)
-    prompt, sample = _sample(job, state)
-    console.print("a sample; first held-out text, then what the model makes of it:\n", style="bold")
-    console.print(train_report.as_printable(prompt, console.encoding), style="dim", end="")
-    console.print(train_report.as_printable(sample, console.encoding))
+    _conclude(console, job, state, rows)
     return 0
 
 
@@ -94,6 +81,27 @@ def continue_bytes(model: nnx.Module, prompt_BT: jax.Array, count: int, seed: in
     return drawn_NB.T
 
 
+def _announce(console: Console, job: _Job) -> None:
+    text = job.text
+    train_report.print_layout(console, job.strategy, job.layout)
+    console.print(
+        f"{text.name}: {text.num_files:,} files, {len(text.train):,} bytes to train on, {len(text.held_out):,} held out"
+    )
+    if job.options.out and not train_report.can_draw():
+        console.print("There will be no loss.png, which matplotlib draws: pip install 'jaxpar[plot]'")
+
+
+def _conclude(console: Console, job: _Job, state: jaxpar.TrainState, rows: list[train_report.Row]) -> None:
+    held_out, num_bytes = _score(job, state)
+    console.print(f"held out: {held_out:.4f} nats per byte, over {num_bytes:,} bytes")
+    if job.options.out and train_report.can_draw():
+        train_report.save_curve(job.options.out, rows, held_out)
+    prompt, sample = (train_report.as_printable(data, console.encoding) for data in _sample(job, state))
+    console.print("a sample; first held-out text, then what the model makes of it:\n", style="bold")
+    console.print(prompt, style="dim", end="")
+    console.print(sample)
+
+
 def _prepare(options: argparse.Namespace) -> _Job:
     """The job that the options ask for.
 
@@ -102,11 +110,11 @@ def _prepare(options: argparse.Namespace) -> _Job:
     """
     sizes = _read_sizes(options)
     try:
-        text = read_text(options.text, min_bytes=options.seq_len + 1)
         strategy = _make_strategy(options)
         _check_fit(options, strategy)
         init_fn = _make_init_fn(options, sizes)
-        return _Job(options, strategy, init_fn, strategy.layout(init_fn), text)
+        layout = strategy.layout(init_fn)
+        return _Job(options, strategy, init_fn, layout, read_text(options.text, min_bytes=options.seq_len + 1))
     except jaxpar.MeshError as error:
         hint = "" if options.fake_devices else " On a CPU, --fake-devices N makes up N devices."
         raise UsageError(f"{error}{hint}") from error

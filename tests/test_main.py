@@ -1,5 +1,7 @@
 """The command line: the same curve on every mesh, and one clear line for what can't be."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -108,6 +111,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Run(NamedTuple):
+    losses: list[float]
+    out: str
+
+    @property
+    def sample(self):
+        return self.out.partition("a sample")[2]
+
+
 def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -117,12 +129,28 @@ def read_losses(folder):
 
 
 @pytest.fixture(scope="module")
-def plain_losses(tmp_path_factory):
-    """The losses of the small run with nothing asked of it but its text."""
+def plain(tmp_path_factory):
+    """The losses of the small run with nothing asked of it but its text, and what it printed."""
     folder = tmp_path_factory.mktemp("plain")
     (folder / "long").write_text(LONG)
-    assert main([*SMALL, "--text", str(folder / "long"), "--out", str(folder)]) == 0
-    return read_losses(folder)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(train_command, "_SAMPLE_BYTES", 20)
+        assert main([*SMALL, "--text", str(folder / "long"), "--out", str(folder)]) == 0
+    return Run(read_losses(folder), out.getvalue())
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Everything is as in a run of two steps, but that nothing is computed."""
+
+    def run_steps(job, listeners):
+        for step in (1, 2):
+            for listener in listeners:
+                listener({"step": step, "loss": 1 / step, "tokens_per_second": 8.0})
+
+    monkeypatch.setattr(train_command, "_run_steps", run_steps)
+    monkeypatch.setattr(train_command, "_score", lambda job, state: (0.25, 64))
+    monkeypatch.setattr(train_command, "_sample", lambda job, state: (b"the cat", b" sat"))
 
 
 def run_process(*arguments, timeout=600, **environment):
@@ -148,58 +176,65 @@ def test_a_bad_argument_gets_one_line_and_code_2_before_any_compile(case, here, 
     assert message in err
 
 
-@pytest.mark.parametrize("placement", ["data=8", "fsdp=2,model=4", "pmap"])
-def test_a_short_run_reports_what_it_did(placement, here, capsys):
+def test_a_run_reports_what_it_did(plain):
+    for part in ("data=8, 8 cpu devices", "parameters", "a device holds", "tokens/s", "nats per byte", "a sample"):
+        assert part in plain.out
+    assert f"step 3  loss {plain.losses[-1]:.4f}" in plain.out
+    assert len(plain.sample.splitlines()[-1]) == 16 + 20
+
+
+@pytest.mark.parametrize("placement", ["fsdp=2,model=4", "pmap"])
+def test_every_placement_gives_the_same_losses_and_the_same_sample(placement, here, capsys, plain):
     assert main([*SMALL, *PLACEMENTS[placement], "--text", "long", "--out", "run"]) == 0
-    out = capsys.readouterr().out
-    for part in ("8 cpu devices", "parameters", "a device holds", "tokens/s", "nats per byte", "a sample"):
-        assert part in out
-    rows = read_log(here / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(set(row) == {"step", "loss", "tokens_per_second"} for row in rows)
-    assert f"step 3  loss {rows[-1]['loss']:.4f}" in out
+    np.testing.assert_allclose(read_losses(here / "run"), plain.losses, atol=1e-5, rtol=0)
+    assert Run([], capsys.readouterr().out).sample == plain.sample
 
 
-def test_the_curve_is_drawn_beside_the_log(here):
+def test_the_same_seed_gives_the_same_run_and_another_one_another(here, plain):
+    for seed in ("0", "1"):
+        assert main([*SMALL, "--text", "long", "--out", seed, "--seed", seed]) == 0
+    assert read_losses(here / "0") == plain.losses
+    assert np.abs(np.subtract(read_losses(here / "1"), plain.losses)).min() > 1e-3
+
+
+@pytest.mark.parametrize("extra", [["--pmap"], ["--mesh", "data=2,context=4"]])
+def test_microbatches_change_no_loss(extra, here, plain):
+    assert main([*SMALL, "--text", "long", "--out", "run", "--microbatches", "2", *extra]) == 0
+    np.testing.assert_allclose(read_losses(here / "run"), plain.losses, atol=1e-5, rtol=0)
+
+
+def test_bfloat16_trains_close_to_float32(here, plain):
+    assert main([*SMALL, "--text", "long", "--out", "run", "--dtype", "bfloat16"]) == 0
+    assert read_losses(here / "run") != plain.losses
+    np.testing.assert_allclose(read_losses(here / "run"), plain.losses, atol=1e-2, rtol=0)
+
+
+def test_the_log_has_a_row_a_step_and_the_curve_lies_beside_it(here, untrained):
     pytest.importorskip("matplotlib", reason="needs matplotlib, as jaxpar[plot] installs it")
-    assert main([*SMALL, "--text", "long", "--out", "new/run"]) == 0
+    assert main(["train", "--text", "long", "--out", "new/run"]) == 0
+    assert read_log(here / "new/run") == [
+        {"step": 1, "loss": 1.0, "tokens_per_second": 8.0},
+        {"step": 2, "loss": 0.5, "tokens_per_second": 8.0},
+    ]
     assert (here / "new/run/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_the_log_is_written_and_a_line_says_what_is_missing(here, capsys, monkeypatch):
+def test_without_matplotlib_the_log_is_written_and_a_line_says_what_is_missing(here, capsys, monkeypatch, untrained):
     monkeypatch.setattr(train_report.importlib.util, "find_spec", lambda name: None)
-    assert main([*SMALL, "--text", "long", "--out", "run"]) == 0
+    assert main(["train", "--text", "long", "--out", "run"]) == 0
     assert "There will be no loss.png, which matplotlib draws: pip install 'jaxpar[plot]'" in capsys.readouterr().out
-    assert len(read_log(here / "run")) == 3
+    assert len(read_log(here / "run")) == 2
     assert not (here / "run/loss.png").exists()
 
 
-def test_the_same_seed_gives_the_same_run_and_another_one_another(here, plain_losses):
-    for seed in ("0", "1"):
-        assert main([*SMALL, "--text", "long", "--out", seed, "--seed", seed]) == 0
-    assert read_losses(here / "0") == plain_losses
-    assert np.abs(np.subtract(read_losses(here / "1"), plain_losses)).min() > 1e-3
-
-
-@pytest.mark.parametrize("extra", [["--microbatches", "2"], ["--microbatches", "2", "--pmap"], ["--mesh", "context=8"]])
-def test_microbatches_and_context_change_no_loss(extra, here, plain_losses):
-    assert main([*SMALL, "--text", "long", "--out", "run", *extra]) == 0
-    np.testing.assert_allclose(read_losses(here / "run"), plain_losses, atol=1e-5, rtol=0)
-
-
-def test_bfloat16_trains_close_to_float32(here, plain_losses):
-    assert main([*SMALL, "--text", "long", "--out", "run", "--dtype", "bfloat16"]) == 0
-    assert read_losses(here / "run") != plain_losses
-    np.testing.assert_allclose(read_losses(here / "run"), plain_losses, atol=1e-2, rtol=0)
-
-
-def test_the_sample_is_the_same_on_every_placement(here, capsys):
-    samples = set()
-    for placement in ("data=8", "model=8", "pmap"):
-        assert main([*SMALL, *PLACEMENTS[placement], "--text", "long"]) == 0
-        samples.add(capsys.readouterr().out.partition("a sample")[2])
-    assert len(samples) == 1
-    assert len(samples.pop()) > 16 + 20
+def test_on_a_terminal_there_is_one_live_line(here, capsys, monkeypatch, untrained):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["train", "--text", "long", "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\x1b[2K") > 0
+    assert "2/2" in out
+    assert "loss 0.5000  8 tokens/s" in out
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_code_1(here, capsys, monkeypatch):
@@ -208,14 +243,14 @@ def test_a_loss_that_is_no_number_ends_the_run_with_code_1(here, capsys, monkeyp
     assert "The loss is nan at step 1; try a lower --learning-rate." in capsys.readouterr().out
 
 
-def test_an_interrupted_run_keeps_its_log(here, capsys, monkeypatch):
+def test_an_interrupted_run_keeps_its_log(here, capsys, monkeypatch, untrained):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_command, "_score", interrupt)
-    assert main([*SMALL, "--text", "long", "--out", "run"]) == 130
+    assert main(["train", "--text", "long", "--out", "run"]) == 130
     assert capsys.readouterr().err == "jaxpar: interrupted\n"
-    assert len(read_log(here / "run")) == 3
+    assert len(read_log(here / "run")) == 2
 
 
 def test_the_first_step_which_compiles_is_left_out_of_the_speed():

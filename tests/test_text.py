@@ -38,12 +38,18 @@ def test_one_file_is_text_whatever_its_name(tmp_path):
     assert read.held_out.tobytes() == b"789"
 
 
-def test_the_standard_library_is_read_without_tests_and_installed_packages():
+def test_by_default_the_standard_library_of_this_python_is_read():
     read = read_text()
     assert read.num_files > 100
     assert b"def namedtuple(" in read.train.tobytes() + read.held_out.tobytes()
-    assert b"from test import support" not in read.train.tobytes() + read.held_out.tobytes()
-    assert b"jax_enable_x64" not in read.train.tobytes() + read.held_out.tobytes()
+
+
+def test_of_the_standard_library_tests_and_installed_packages_are_left_out(tmp_path, monkeypatch):
+    left_out = ["test/a.py", "json/tests/a.py", "site-packages/a/b.py", "dist-packages/a.py", "config.txt"]
+    write_files(tmp_path, dict.fromkeys(left_out, "no") | {"json/a.py": "0123456789"})
+    monkeypatch.setattr(text.sysconfig, "get_path", {"stdlib": str(tmp_path)}.get)
+    read = read_text()
+    assert (read.num_files, read.train.tobytes(), read.held_out.tobytes()) == (1, b"012345678", b"9")
 
 
 def test_reading_twice_gives_the_same():
