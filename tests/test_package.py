@@ -1,0 +1,267 @@
+"""The public names, the one direction of imports, and what the whole package promises of its files."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import jaxpar
+
+PACKAGE = pathlib.Path(jaxpar.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__"))
+PUBLIC = [
+    "AXES",
+    "BatchError",
+    "DriftError",
+    "FSDP",
+    "Layout",
+    "LayoutRow",
+    "Leaf",
+    "LossError",
+    "MEGATRON",
+    "MeshError",
+    "PartitionError",
+    "RecompileWarning",
+    "StateError",
+    "Step",
+    "Strategy",
+    "TrainState",
+    "WHOLE",
+    "Weighted",
+    "ZERO1",
+    "data_parallel",
+    "evaluate",
+    "fake_devices",
+    "fsdp",
+    "make_eval_step",
+    "make_mesh",
+    "make_train_step",
+    "megatron",
+    "pad_batch",
+    "rules",
+    "sharded",
+    "testing",
+    "zero1",
+]
+# The modules of the core, each importing only those before it; an engine is what knows jit over a mesh, or pmap.
+CORE = [
+    "mesh",
+    "partition",
+    "rules",
+    "batch",
+    "state",
+    "loss",
+    "layout",
+    "step",
+    "initialisers",
+    "strategy",
+    "sharded",
+    "data_parallel",
+]
+ENGINES = {"sharded", "data_parallel"}
+
+
+def tree_of(module):
+    return ast.parse((PACKAGE / f"{module}.py").read_text())
+
+
+def type_checking_only(tree):
+    """Returns the nodes under `if TYPE_CHECKING`: imports for the type checker, that never run."""
+    guarded = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    return {id(child) for node in guarded for child in ast.walk(node)}
+
+
+def imports_of(module):
+    """Returns the modules of this package that a module imports when it is loaded or run."""
+    tree = tree_of(module)
+    skipped = type_checking_only(tree)
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxpar":
+            names |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("jaxpar.")}
+    return {jaxpar._MODULE_OF.get(name, name) for name in names} & set(MODULES) - {module}
+
+
+def test_the_public_names_are_these():
+    assert sorted(jaxpar.__all__) == PUBLIC
+    assert set(PUBLIC) <= set(dir(jaxpar))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_loads_and_is_what_its_module_holds(name):
+    value = getattr(jaxpar, name)
+    assert value is getattr(jaxpar, name)
+    module = jaxpar._MODULE_OF.get(name)
+    if module:
+        assert value is vars(importlib.import_module(f"jaxpar.{module}"))[name]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'jaxpar' has no attribute 'shraded'"):
+        jaxpar.shraded  # noqa: B018
+
+
+def examples_of(value):
+    """Returns how many lines of the docstrings of a function, or of a class and its methods, are examples that run."""
+    holders = [value, *vars(value).values()] if inspect.isclass(value) else [value]
+    return sum(len(doctest.DocTestParser().get_examples(inspect.getdoc(holder) or "")) for holder in holders)
+
+
+# What a doctest of its own would add nothing to: plain values, errors, and what only its maker's example can show.
+SHOWN_ELSEWHERE = {"AXES", "WHOLE", "FSDP", "MEGATRON", "ZERO1", "rules", "testing", "RecompileWarning", "LayoutRow"}
+SHOWN_ELSEWHERE |= {"Leaf", "Step"} | {name for name in PUBLIC if name.endswith("Error")}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLIC if name not in ("AXES", "WHOLE", "FSDP", "MEGATRON", "ZERO1")]
+)
+def test_every_public_name_says_what_it_is(name):
+    value = getattr(jaxpar, name)
+    doc = inspect.getdoc(value) or ""
+    assert doc.splitlines()[0].endswith((".", ":")) or doc.splitlines()[1], doc
+    assert not doc.startswith(f"{name}("), "no docstring of its own"
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in SHOWN_ELSEWHERE])
+def test_every_public_function_and_value_has_an_example_that_runs(name):
+    assert examples_of(getattr(jaxpar, name)) > 0
+
+
+def test_imports_run_one_way():
+    reached = {module: imports_of(module) for module in MODULES}
+
+    def visit(module, above):
+        assert module not in above, f"a cycle: {' -> '.join([*above, module])}"
+        for other in reached[module]:
+            visit(other, (*above, module))
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_a_module_of_the_core_imports_only_those_before_it(module):
+    assert imports_of(module) <= set(CORE[: CORE.index(module)])
+
+
+@pytest.mark.parametrize("module", ["train", "evaluation", "strategy", "step", "loss", "layout"])
+def test_the_builder_knows_no_engine(module):
+    def reached(name):
+        return {name}.union(*(reached(other) for other in imports_of(name)))
+
+    assert not reached(module) & ENGINES
+
+
+def says_pmap(module):
+    return any(
+        ast.unparse(node) == "jax.pmap" or (isinstance(node, ast.Call) and ast.unparse(node.func).endswith("pmap"))
+        for node in ast.walk(tree_of(module))
+    )
+
+
+def test_one_file_says_pmap():
+    assert [module for module in MODULES if says_pmap(module)] == ["data_parallel"]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_no_file_uses_jaxs_private_modules(path):
+    imported = [
+        name
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [ast.unparse(node)]
+            if isinstance(node, ast.Attribute)
+            else []
+        )
+    ]
+    assert not [name for name in imported if "jax._src" in name or name.startswith("jaxlib")]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_no_library_code_asserts_or_swallows(path):
+    tree = ast.parse(path.read_text())
+    # What users call in tests raises AssertionError by its nature, and says so with `raise`.
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    silent = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.body[-1]) == "pass")
+    ]
+    assert not silent
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_files_and_functions_keep_to_their_sizes(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args
+            names = [arg.arg for arg in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+            assert len([name for name in names if name not in ("self", "cls")]) <= 8, node.name
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            # A closure's parts count for themselves: sharded() is a list of functions.
+            inner = [child for child in ast.walk(node) if isinstance(child, ast.FunctionDef) and child is not node]
+            if body and not inner:
+                assert body[-1].end_lineno - body[0].lineno < 60, node.name
+
+
+def run_python(*args):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120)
+
+
+def test_importing_the_package_imports_no_jax():
+    heavy = ("jax", "flax", "optax", "numpy")
+    code = f"import sys, jaxpar, jaxpar.pytest_plugin; print([name for name in {heavy} if name in sys.modules])"
+    result = run_python("-c", code)
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_a_function_keeps_its_name_beside_the_module_it_lives_in():
+    code = (
+        "import jaxpar.sharded, jaxpar.data_parallel, jaxpar.evaluation, jaxpar\n"
+        "from jaxpar import sharded, data_parallel\n"
+        "print(callable(jaxpar.sharded), callable(sharded), callable(data_parallel), callable(jaxpar.data_parallel))"
+    )
+    assert run_python("-c", code).stdout.strip() == "True True True True"
+
+
+def test_the_package_is_typed_and_says_its_version():
+    assert (PACKAGE / "py.typed").exists()
+    parts = jaxpar.__version__.split(".")
+    assert len(parts) == 3
+    assert all(part.isdigit() for part in parts)
+
+
+def test_what_the_core_imports_is_declared():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    declared = {requirement.split(">")[0] for requirement in project["dependencies"]} | {"numpy", "jaxpar"}
+    for module in (*CORE, "train", "evaluation"):
+        imported = {
+            name.split(".")[0]
+            for node in ast.walk(tree_of(module))
+            for name in (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+        }
+        assert imported - set(sys.stdlib_module_names) <= declared, module
