@@ -166,6 +166,8 @@ def _read_leaf(leaf: Any, name: str) -> Any:
             f"Batch leaf {name} has dtype {array.dtype}, which no device holds; turn text into numbers (tokens) "
             "or leave the leaf out."
         )
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     narrow = jax.dtypes.canonicalize_dtype(array.dtype)
     if narrow != array.dtype and array.dtype.kind in "iu" and array.size:
         low, high, limits = array.min(), array.max(), np.iinfo(narrow)
