@@ -100,7 +100,8 @@ def _check_min_size(min_size: int) -> int:
 
 
 def _layer(names: Sequence[str], leaves: str) -> str:
-    return rf"(^|/)({'|'.join(names)})/({leaves})$"
+    # A list of layers puts a number between: up/0/kernel.
+    return rf"(^|/)({'|'.join(names)})(/\d+)?/({leaves})$"
 
 
 def _need_axis(rules: str, axis: str, mesh: Mesh) -> None:
