@@ -3,7 +3,6 @@
 import itertools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -12,6 +11,7 @@ from models import MODELS, STRATEGIES, make_task
 import jaxpar
 from jaxpar.testing import assert_trains_like_one_device
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 DEVICE_COUNTS = (8, 4, 2, 1)
 
 
@@ -79,15 +79,6 @@ SLOW_CELLS = [*cover_pairs(shift=2), *cover_pairs(shift=5)] + [
 
 def name(cell: Cell) -> str:
     return "-".join(map(str, cell))
-
-
-@pytest.fixture(autouse=True)
-def quick_compiles():
-    """Leaves out LLVM's own optimizations, half of each cell's time; XLA's passes, the partitioner's too, all run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def check(cell: Cell) -> jaxpar.testing.Agreement:
