@@ -15,7 +15,9 @@ import optax
 from flax import linen, nnx
 
 import jaxpar
+import jaxpar.state
 
+DEVICES = 8
 ROWS, TOKENS, VOCAB, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 16, 16, 32, 8, 2, 2
 LAYERS, FEATURES, CLASSES, PIXELS, CHANNELS = 2, 8, 8, 4, 8
 
@@ -84,6 +86,25 @@ def mean_loss(logits: jax.Array, batch: Any) -> tuple[Any, dict[str, Any]]:
     return jaxpar.Weighted((losses * mask).sum(), mask.sum()), {
         "accuracy": jaxpar.Weighted((right * mask).sum(), mask.sum())
     }
+
+
+def start(kind: str, task: Task, **build: Any) -> tuple[jaxpar.Strategy, jaxpar.TrainState, jaxpar.Step]:
+    """Returns the strategy on 8 devices, a state of its own, and the step."""
+    strategy, state = init_once(kind, task.init_fn)
+    return strategy, strategy.place(state), jaxpar.make_train_step(task.loss_fn, strategy, **build)
+
+
+@functools.cache
+def init_once(kind: str, init_fn: Callable, devices: int = DEVICES) -> tuple[jaxpar.Strategy, jaxpar.TrainState]:
+    """Returns a strategy and the state that it makes: not to be given to a step, which would take it over."""
+    strategy = STRATEGIES[kind](devices)
+    return strategy, strategy.init(init_fn, jax.random.key(0))
+
+
+def to_numpy(tree: Any) -> dict[str, np.ndarray]:
+    """Returns each leaf by its path, random keys as their bits."""
+    leaves = jaxpar.state.named_leaves(tree)
+    return {path: np.asarray(jax.random.key_data(leaf) if jaxpar.state.is_key(leaf) else leaf) for path, leaf in leaves}
 
 
 def make_batches(kind: str, count: int = 5, *, masked: bool = False, rows: int = ROWS) -> list[dict[str, np.ndarray]]:

@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CONTRACTS, EQUIVALENCE = "tests/test_contracts.py::test_", "tests/test_equivalence.py::test_"
+CONTRACTS, COMPILED = "tests/test_contracts.py::test_", "tests/test_compiled.py::test_"
+RANDOMNESS, EQUIVALENCE = "tests/test_randomness.py::test_", "tests/test_equivalence.py::test_"
 CELL = EQUIVALENCE + "every_strategy_trains_like_one_device"
 OWN_CELL = EQUIVALENCE + "shards_and_microbatches_together_train_like_one_device"
 PADDING = CONTRACTS + "padding_counts_for_nothing"
 FLOAT16 = CONTRACTS + "float16_divides_its_scale_out_and_skips_a_step_that_overflows[data]"
-MASKS = CONTRACTS + "no_two_rows_steps_shards_or_microbatches_draw_the_same_mask"
+MASKS = RANDOMNESS + "no_two_rows_steps_shards_or_microbatches_draw_the_same_mask"
 EVALUATE = CONTRACTS + "evaluate_is_exact_with_a_short_last_batch"
 
 
@@ -82,14 +83,14 @@ MUTATIONS = [
         "sharded.py",
         "return axes if num_microbatches > 1 else ()",
         "return ()",
-        CONTRACTS + "data_parallel_gradients_are_reduced_once_a_step_in_one_collective[4-data]",
+        COMPILED + "data_parallel_gradients_are_reduced_once_a_step_in_one_collective[4-data]",
     ),
     Mutation(
         "microbatches manual over an axis that splits parameters",
         "sharded.py",
         "mesh.shape[axis] > 1 and axis not in splits",
         "mesh.shape[axis] > 1",
-        CONTRACTS + "microbatches_gather_split_weights_and_reduce_their_gradients_in_the_loop",
+        COMPILED + "microbatches_gather_split_weights_and_reduce_their_gradients_in_the_loop",
     ),
     # Divisions and fractions.
     Mutation(
@@ -104,14 +105,14 @@ MUTATIONS = [
         "train.py",
         "fraction = 1 / (shards * plan.num_microbatches)",
         "fraction = 1 / plan.num_microbatches",
-        CONTRACTS + "no_two_rows_steps_shards_or_microbatches_draw_the_same_mask[pmap-1]",
+        MASKS + "[pmap-1]",
     ),
     Mutation(
         "a part of a mean not made a fraction",
         "loss.py",
         "mean if fraction == 1 else mean * fraction",
         "mean",
-        CONTRACTS + "no_two_rows_steps_shards_or_microbatches_draw_the_same_mask[pmap-1]",
+        MASKS + "[pmap-1]",
     ),
     Mutation(
         "a weighted total not made a fraction",
@@ -246,14 +247,14 @@ MUTATIONS = [
         "loss.py",
         "values, _ = call(jax.tree.unflatten(treedef, lone), (row,))",
         "values, _ = call(jax.tree.unflatten(treedef, lone), ())",
-        CONTRACTS + "rows_that_are_taken_one_by_one_for_their_weights_draw_masks_of_their_own[fsdp]",
+        RANDOMNESS + "rows_that_are_taken_one_by_one_for_their_weights_draw_masks_of_their_own[fsdp]",
     ),
     Mutation(
         "the shard not folded in by an eval step",
         "evaluation.py",
         "device = (jax.lax.axis_index(axes),) if axes else ()",
         "device = ()",
-        CONTRACTS + "no_two_shards_of_an_eval_step_draw_the_same[pmap]",
+        RANDOMNESS + "no_two_shards_of_an_eval_step_draw_the_same[pmap]",
     ),
     Mutation(
         "a microbatch made of neighbours",
@@ -296,14 +297,14 @@ MUTATIONS = [
         "strategy.py",
         'strategy.engine.constrain(leaf.astype(dtype), specs["params/" + leaf_path(path)])',
         "leaf.astype(dtype)",
-        CONTRACTS + "bf16_compute_gathers_split_parameters_in_bf16",
+        COMPILED + "bf16_compute_gathers_split_parameters_in_bf16",
     ),
     Mutation(
         "gradients not kept split while they are summed",
         "train.py",
         "return plan.strategy.engine.constrain(leaf, spec) if any(spec) else leaf",
         "return leaf",
-        CONTRACTS + "the_sum_of_gradients_over_microbatches_stays_split",
+        COMPILED + "the_sum_of_gradients_over_microbatches_stays_split",
     ),
 ]
 
