@@ -218,6 +218,15 @@ def test_adafactors_means_lie_as_the_dims_they_keep(shape):
     assert found["v_col"] == P(*(entry for dim, entry in enumerate(entries) if dim != second))
 
 
+@pytest.mark.parametrize("name", ["adafactor", "lbfgs", "adamw", "sgd with momentum", "MultiSteps"])
+def test_scalar_parameters_have_optimizer_state_too(name):
+    params = {"params": {"temperature": jnp.ones(()), "up": {"kernel": jnp.ones((W, H))}}}
+    strategy = jaxpar.sharded(jaxpar.make_mesh(fsdp=2, model=4), MEGATRON, FSDP)
+    layout = strategy.layout(lambda rng: jaxpar.TrainState.create(params, OPTIMIZERS[name]()))
+    specs = {row.spec for row in layout.rows if row.path.endswith("temperature")}
+    assert specs <= {P(), P(None)}
+
+
 def test_optimizer_state_of_frozen_parameters_is_not_there():
     def init_fn(rng):
         return jaxpar.TrainState.create(
