@@ -61,12 +61,12 @@ def examine() -> int:
     pins = read_pins()
     print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores\n")
     _print_table([("package", "installed", "needed", "by", "")] + [_as_line(pin) for pin in pins])
-    starts = _print_devices()
-    print("\nMemory")
-    print("  " + _describe_memory(os.environ, jax.default_backend() if starts else "none"))
     print("\nSettings in the environment")
     for line in _describe_settings(os.environ) or ["none that costs anything"]:
         print("  " + line)
+    starts = _print_devices()
+    print("\nMemory")
+    print("  " + _describe_memory(os.environ, jax.default_backend() if starts else "none"))
     broken = [pin for pin in pins if not pin.holds]
     for pin in broken:
         found = f"is {pin.installed}" if pin.installed else "is not installed"
@@ -156,7 +156,8 @@ def _print_table(lines: list[tuple[str, ...]]) -> None:
 
 def _print_devices() -> bool:
     """Whether JAX starts; prints the devices, and what kind of speed to expect of them."""
-    print("\nDevices")
+    # Flushed: an unknown flag of XLA's ends the process right here.
+    print("\nDevices", flush=True)
     try:
         devices = jax.devices()
     except RuntimeError as error:

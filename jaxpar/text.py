@@ -59,7 +59,8 @@ def read_text(path: str | Path | None = None, *, min_bytes: int = 1) -> Text:
     if min(len(text.train), len(text.held_out)) < min_bytes:
         raise TextError(
             f"{name} gives {len(text.train):,} bytes to train on and {len(text.held_out):,} held out, from "
-            f"{len(parts):,} text files, but each part needs at least {min_bytes:,}; give more text."
+            f"{len(parts):,} text file{'s' * (len(parts) != 1)}, but each part needs at least {min_bytes:,}; "
+            "give more text."
         )
     return text
 

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,10 +81,11 @@ def continue_bytes(model: nnx.Module, prompt_BT: jax.Array, count: int, seed: in
 
 
 def _announce(console: Console, job: _Job) -> None:
-    text = job.text
+    text, plural = job.text, "s" * (job.text.num_files != 1)
     train_report.print_layout(console, job.strategy, job.layout)
     console.print(
-        f"{text.name}: {text.num_files:,} files, {len(text.train):,} bytes to train on, {len(text.held_out):,} held out"
+        f"{text.name}: {text.num_files:,} file{plural}, {len(text.train):,} bytes to train on, "
+        f"{len(text.held_out):,} held out"
     )
     if job.options.out and not train_report.can_draw():
         console.print("There will be no loss.png, which matplotlib draws: pip install 'jaxpar[plot]'")
@@ -152,8 +152,11 @@ def _make_strategy(options: argparse.Namespace) -> jaxpar.Strategy:
 
 
 def _make_fake_devices(count: int) -> list[jax.Device]:
-    platforms = os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if "cpu" not in platforms.split(","):
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if not platforms:
+        # A GPU beside them would be started, and most of its memory taken, for nothing.
+        jax.config.update("jax_platforms", "cpu")
+    elif "cpu" not in platforms.split(","):
         raise UsageError(
             f"--fake-devices {count} are CPU devices, but JAX_PLATFORMS={platforms} rules them out; unset it."
         )

@@ -63,7 +63,7 @@ def test_reading_twice_gives_the_same():
     [
         ({}, "none", "none' does not exist; give a file or a folder."),
         ({}, "", "gives 0 bytes to train on and 0 held out, from 0 text files, but each part needs at least 9;"),
-        ({"tiny": "hello"}, "tiny", "gives 5 bytes to train on and 0 held out, from 1 text files,"),
+        ({"tiny": "hello"}, "tiny", "gives 5 bytes to train on and 0 held out, from 1 text file,"),
         ({"binary": "\0" * 999}, "binary", "gives 0 bytes to train on and 0 held out, from 0 text files,"),
     ],
 )
