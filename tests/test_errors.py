@@ -387,6 +387,10 @@ STATES = {
     ),
     "a list of arrays": (lambda: create([jnp.ones(3)]), ["list", "nnx.Module"]),
     "parameters that are one array": (lambda: create({"params": jnp.ones(3)}), ["params", "dict"]),
+    "parameters in a list": (
+        lambda: create({"params": {"layers": [jnp.ones(3), jnp.ones(3)]}}),
+        "'params/layers' is no dict; linen's params are nested dicts of arrays.",
+    ),
     "a parameter that is text": (lambda: create({"params": {"w": "hello"}}), ["'params/w'", "hello"]),
     "parameters of whole numbers alone": (
         lambda: create({"params": {"w": jnp.ones(3, int)}}),
@@ -682,6 +686,14 @@ BATCHES = {
     "weights of another shape, under pmap": (
         lambda: train(strategy=pmap(), batch={**BATCH, "example_weight": np.ones((ROWS, 2), "float32")}),
         ["example_weight", "2)"],
+    ),
+    "weights that are a nest": (
+        lambda: data().shard_batch({**BATCH, "example_weight": {"a": np.ones(ROWS)}}),
+        ["example_weight", "one weight an example", "(16,)"],
+    ),
+    "no weights to pad": (
+        lambda: pad_batch({"x": np.ones(3), "example_weight": []}, 8),
+        ["example_weight", "one weight an example", "(3,)"],
     ),
     "weights read by the loss": (
         lambda: train(lambda model, batch, rng: (batch["example_weight"].sum(), {}), batch=pad_batch(BATCH, 8)),

@@ -22,8 +22,8 @@ SETTINGS = {
     "database": None,
     "suppress_health_check": [hypothesis.HealthCheck.too_slow],
 }
-cheap = settings(max_examples=150, **SETTINGS)
-dear = settings(max_examples=8, **SETTINGS)
+cheap = settings(max_examples=100, **SETTINGS)
+dear = settings(max_examples=6, **SETTINGS)
 
 # Mostly right, at times not: a search that only meets errors proves little.
 axes = st.sampled_from([*jaxpar.AXES, "data", "model", "fsdp", "modle", ""])
