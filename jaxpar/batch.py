@@ -115,9 +115,11 @@ def pad_rows(
 
 def check_weight(batch: Any, rows: int) -> None:
     """Raises BatchError unless `example_weight`, where the batch has it, is one number of 0 or more an example."""
-    weight = batch.get(EXAMPLE_WEIGHT) if isinstance(batch, Mapping) else None
-    if weight is None:
+    if not isinstance(batch, Mapping) or EXAMPLE_WEIGHT not in batch:
         return
+    weight = batch[EXAMPLE_WEIGHT]
+    if not hasattr(weight, "shape"):
+        raise BatchError(f"Batch leaf [{EXAMPLE_WEIGHT!r}] is {weight!r}; give one weight an example: shape ({rows},).")
     if weight.shape != (rows,):
         raise BatchError(
             f"Batch leaf [{EXAMPLE_WEIGHT!r}] has shape {weight.shape}; give one weight an example: ({rows},)."

@@ -125,7 +125,7 @@ def layout_state(
     for path, array in sorted(named, key=lambda item: item[0].startswith("opt_state/")):
         leaf = Leaf(path, shapes[path], array.dtype, shapes)
         if not leaf.shape or is_key(array):
-            match = Match(open_spec(len(leaf.shape)), "", "", (), frozenset())
+            match = Match(open_spec(len(leaf.shape)), "", "", (None,) * (len(lists) + 1), frozenset())
         elif path.startswith("opt_state/"):
             match = match_optimizer_leaf(leaf, lists, mesh, params)
         else:
