@@ -42,10 +42,12 @@ def _walk(jaxpr: Jaxpr, eqns: list[JaxprEqn]) -> Iterator[str]:
         for body in inner:
             body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
             yield from _walk(body, body.eqns)
-        narrow = [var.aval.dtype for var in eqn.outvars if _is_float(var) and var.aval.dtype.itemsize < 8]
-        if not inner and narrow and any(_is_float(var) and var.aval.dtype.itemsize == 8 for var in eqn.invars):
+        given, made = ([_float_dtype(var) for var in variables] for variables in (eqn.invars, eqn.outvars))
+        narrow = [dtype for dtype in made if dtype is not None and dtype.itemsize < 8]
+        if not inner and narrow and any(dtype is not None and dtype.itemsize == 8 for dtype in given):
             yield f"{eqn.primitive.name} float64 -> {narrow[0].name} at {source_info_util.summarize(eqn.source_info)}"
 
 
-def _is_float(var: Any) -> bool:
-    return jnp.issubdtype(getattr(var.aval, "dtype", None), jnp.floating)
+def _float_dtype(var: Any) -> Any:
+    dtype = getattr(var.aval, "dtype", None)
+    return dtype if dtype is not None and jnp.issubdtype(dtype, jnp.floating) else None

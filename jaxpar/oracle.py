@@ -3,6 +3,7 @@
 It shares no line with the builder: microbatches are a Python loop, shards a `vmap`, and sums are written out here.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -67,7 +68,8 @@ def one_device_step(loss_fn: Callable[..., Any], view: View) -> Callable[[TrainS
 
     def step(state: TrainState, batch: Any) -> Played:
         rows = count_rows(batch, view.is_shared)
-        so_far, model_states = None, _spread(view, state.model_state)
+        so_far: Any = None
+        model_states = _spread(view, state.model_state)
         for number in range(view.num_microbatches):
             part = _take_rows(batch, number, view)
             *more, model_states = play(loss_fn, view, state, model_states, part, number, rows)
@@ -189,7 +191,7 @@ def _call(
 
     own_keys = state.static.rng_collections
     seen = {name: jax.tree.map(fold_all, leaf) if name in own_keys else leaf for name, leaf in model_state.items()}
-    model = state.replace(params=params, model_state=seen).model
+    model = dataclasses.replace(state, params=params, model_state=seen).model
     result = loss_fn(model, batch, fold(state.rng))
     loss, metrics, *updates = result if isinstance(result, tuple) else (result, {})
     if isinstance(model, nnx.Module):
@@ -255,10 +257,9 @@ def _update(view: View, state: TrainState, gradients: Any, sums: Any, model_stat
     """The optimizer's step on the mean gradient; none where nothing weighs anything or a gradient is not finite."""
     model_state = jax.tree.map(lambda leaf: _average(leaf, len(view.axes)), model_states)
     weight = sums["loss"].weight / rows
-    scaled = state.dynamic_scale is not None
-    divisor = jnp.where(weight == 0, 1, weight) * (state.dynamic_scale.scale if scaled else 1)
-    gradients = jax.tree.map(lambda leaf: jnp.where(weight == 0, 0, leaf / divisor), gradients)
     take, dynamic_scale = weight != 0, state.dynamic_scale
+    divisor = jnp.where(weight == 0, 1, weight) * (1 if dynamic_scale is None else dynamic_scale.scale)
+    gradients = jax.tree.map(lambda leaf: jnp.where(weight == 0, 0, leaf / divisor), gradients)
     if dynamic_scale is not None:
         finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]).all()
         take, dynamic_scale = take & finite, _next_scale(dynamic_scale, finite)
@@ -272,7 +273,8 @@ def _update(view: View, state: TrainState, gradients: Any, sums: Any, model_stat
     old = trained, state.opt_state, state.model_state
     new = optax.apply_updates(trained, updates), opt_state, model_state
     trained, opt_state, model_state = jax.tree.map(lambda new, old: jnp.where(take, new, old), new, old)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         step=state.step + 1,
         params=join_params(trained, frozen),
         opt_state=opt_state,

@@ -113,9 +113,11 @@ def _tell_jax(count: int) -> None:
     """Sets the configuration of a JAX that another plugin has imported: it reads the environment no more."""
     import jax
 
-    if not jax.config.jax_platforms:
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if not platforms:
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-    if "JAX_NUM_CPU_DEVICES" not in os.environ or jax.config.jax_num_cpu_devices > 0:
+    told = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if "JAX_NUM_CPU_DEVICES" not in os.environ or told > 0:
         return
     try:
         jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))

@@ -1,7 +1,8 @@
 """Assertions for users' own tests: that a model trains under a strategy as it does on one device."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +109,7 @@ def assert_trains_like_one_device(
       dtypes: those to run in; by default `("float64", "float32")`. Where a layer fixes float32, give `("float32",)`.
 
     Raises:
+      ValueError: an argument that can't be.
       AssertionError: they differ; the message names the first step and the leaf, by how much, and in float64 the
         operations that fell back to float32. What the strategy raises passes through.
 
@@ -121,15 +123,12 @@ def assert_trains_like_one_device(
       float64: losses to ..., parameters to ...; tolerance 1e-09
       float32: losses to ...; tolerance 1e-05
     """
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches is empty; give the global batch of at least one step.")
-    if dtypes is None:
-        dtypes = ("float64", "float32") if compute_dtype is None else (jnp.dtype(compute_dtype).name,)
-    _check_dtypes(dtypes, compute_dtype)
+    known = ("float64", "float32") if compute_dtype is None else (jnp.dtype(compute_dtype).name,)
+    dtypes = known if dtypes is None else dtypes
+    _check_arguments(batches, strategy, dtypes, known)
     start = strategy.init(init_fn, jax.random.key(0))
     _check_layout(start, strategy, "strategy.init")
-    case = _Case(loss_fn, batches, strategy, num_microbatches, compute_dtype, start)
+    case = _Case(loss_fn, list(batches), strategy, num_microbatches, compute_dtype, start)
     runs, noises = zip(*(_compare(case, dtype) for dtype in dtypes), strict=True)
     agreement = Agreement(strategy.name, len(batches), runs, noises[0])
     print(agreement)
@@ -157,9 +156,9 @@ def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strateg
         raise ValueError(f"num_devices is {num_devices!r}; give a whole number, 1 or more.")
 
     def on_mesh(*rules: Any, **sizes: int) -> Callable[[], Strategy]:
-        return lambda: sharded(make_mesh(devices=jax.devices()[: sizes_product(sizes)], **sizes), *rules)
+        used = math.prod(sizes.values())
+        return lambda: sharded(make_mesh(None, devices=jax.devices()[:used], **sizes), *rules)
 
-    sizes_product = lambda sizes: int(np.prod(list(sizes.values())))
     table: dict[str, Callable[[], Strategy]] = {
         "one": on_mesh(data=1),
         "pmap": lambda: data_parallel(jax.local_devices()[:count]),
@@ -175,11 +174,17 @@ def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strateg
     return table
 
 
-def _check_dtypes(dtypes: Sequence[str], compute_dtype: Any) -> None:
-    known = ["float64", "float32"] if compute_dtype is None else [jnp.dtype(compute_dtype).name]
-    unknown = [dtype for dtype in dtypes if dtype not in known]
-    if isinstance(dtypes, str) or not dtypes or unknown:
-        raise ValueError(f"dtypes is {dtypes!r}; with compute_dtype={compute_dtype!r} give one or more of {known}.")
+def _check_arguments(batches: Any, strategy: Any, dtypes: Any, known: tuple[str, ...]) -> None:
+    if isinstance(batches, Mapping) or not isinstance(batches, Sequence):
+        raise ValueError(f"batches is a {type(batches).__name__}; give a list of batches, one a step, as [batch] * 3.")
+    if not batches:
+        raise ValueError("batches is empty; give the global batch of at least one step.")
+    if not isinstance(strategy, Strategy):
+        raise ValueError(f"strategy is {strategy!r}; give what jaxpar.sharded or jaxpar.data_parallel returns.")
+    if known[0] not in TOLERANCES or (len(known) == 1 and known[0].endswith(("32", "64"))):
+        raise ValueError(f"compute_dtype is {known[0]}; give jnp.bfloat16 or jnp.float16, or None.")
+    if isinstance(dtypes, str) or not dtypes or set(dtypes) - set(known):
+        raise ValueError(f"dtypes is {dtypes!r}; give one or more of {list(known)}.")
 
 
 class _Case(NamedTuple):
@@ -339,9 +344,9 @@ def _count_compiles(step: Callable, strategy: Strategy) -> Callable:
         shapes = str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch))
         compiles = []
 
-        def listen(event: str, seconds: float, **rest: Any) -> None:
+        def listen(event: str, duration_secs: float, **rest: Any) -> None:
             if event == _COMPILE_EVENT:
-                compiles.append(seconds)
+                compiles.append(duration_secs)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
