@@ -104,6 +104,37 @@ def axis_sizes(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
 
 
+def island_size(axis: str) -> int:
+    """Returns the size of `axis` where an island over it is traced: 1, where it is its plain function, if there is none.
+
+    An island is a `shard_map` in a model's forward, manual over its own axis and automatic over the others. The mesh is
+    JAX's own, which every step sets; under `data_parallel`, or outside a step, it has no such axis.
+
+    Raises:
+      MeshError: the island stands in one over the same axis, or over an axis that comes later in `jaxpar.AXES`: JAX
+        0.12 would abort the process.
+
+    >>> island_size("stage")
+    1
+    >>> with jax.set_mesh(make_mesh(data=2, stage=4)):
+    ...     island_size("stage")
+    4
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    size = mesh.shape.get(axis, 1)
+    if size == 1:
+        return 1
+    if axis in mesh.manual_axes:
+        raise MeshError(f"An island over {axis!r} stands inside another one over {axis!r}; one of them is enough.")
+    later = [outer for outer in mesh.manual_axes if AXES.index(outer) > AXES.index(axis)]
+    if later:
+        raise MeshError(
+            f"An island over {axis!r} stands inside one over {later[0]!r}; islands nest from the outer axis to the "
+            f"inner one, in the order {', '.join(AXES)}: call the one over {axis!r} outside."
+        )
+    return size
+
+
 def fake_devices(count: int = 8) -> list[jax.Device]:
     """Returns `count` CPU devices, made up on this machine's one CPU: what tests and notebooks run a mesh on.
 

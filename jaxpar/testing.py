@@ -203,11 +203,11 @@ def _compare(case: _Case, dtype: str) -> tuple[Run, tuple[str, ...]]:
     strategy, exact = case.strategy, dtype == "float64"
     with jax.default_matmul_precision("highest"), jax.enable_x64(exact):
         widen = _to_float64 if exact else lambda tree: tree
-        start = widen(jax.tree.map(jnp.copy, jax.device_put(case.start, strategy.mesh.devices.flat[0])))
+        start = widen(jax.tree.map(_through_host, case.start))
         batches = [widen(read_batch(batch)) for batch in case.batches]
         view = _view_of(case, start, batches[0])
         differences, norms = _follow(case, view, start, batches)
-        noise = tuple(path for path in norms[0] if all(norm[path] < NOISE for norm in norms))
+        noise = _find_noise(norms)
         held = [difference for difference in differences if difference.what not in noise]
         run = _measure(dtype, held)
         failed = [item for item in held if not item.size <= run.tolerance and (exact or item.what == _LOSS)]
@@ -247,8 +247,17 @@ def _follow(
         lone, expected, gradients = play(lone, batch)
         differences += _differences(number, (metrics, state), (expected, lone))
         norms.append(_relative_norms(gradients))
+        # Adam makes steps of noise, and a bias before BatchNorm carries them into its statistics.
+        state = _with_params(state, lone, _find_noise(norms))
     _check_layout(state, strategy, f"after {len(batches)} steps")
     return differences, norms
+
+
+def _through_host(leaf: jax.Array) -> jax.Array:
+    """The leaf on one device. (JAX 0.10.2's device_put leaves it typed with the mesh it came from.)"""
+    if is_key(leaf):
+        return jax.random.wrap_key_data(_through_host(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+    return jnp.asarray(np.asarray(leaf))
 
 
 def _to_float64(tree: Any) -> Any:
@@ -291,6 +300,23 @@ def _relative_norms(gradients: Any) -> dict[str, float]:
     total = np.sqrt(sum(norm**2 for norm in norms.values()))
     # A step without any gradient says nothing of which leaves have none.
     return {path: norm / total if total else 1.0 for path, norm in norms.items()}
+
+
+def _find_noise(norms: list[dict[str, float]]) -> tuple[str, ...]:
+    """The parameters whose gradient was rounding noise at every step."""
+    return tuple(path for path in norms[0] if all(norm[path] < NOISE for norm in norms))
+
+
+def _with_params(state: TrainState, source: TrainState, paths: tuple[str, ...]) -> TrainState:
+    """The state with the parameters of these paths taken from another, laid out as before."""
+    if not paths:
+        return state
+    values = dict(named_leaves(source.params, "params"))
+    leaves = [
+        jax.device_put(np.asarray(values[path]), leaf.sharding) if path in paths else leaf
+        for path, leaf in named_leaves(state.params, "params")
+    ]
+    return dataclasses.replace(state, params=jax.tree.unflatten(jax.tree.structure(state.params), leaves))
 
 
 def _measure(dtype: str, differences: list[_Difference]) -> Run:
