@@ -105,10 +105,11 @@ def axis_sizes(mesh: Mesh, axes: Sequence[str]) -> int:
 
 
 def island_size(axis: str) -> int:
-    """Returns the size of `axis` where an island over it is traced: 1, where it is its plain function, if there is none.
+    """Returns the size of `axis` on the mesh under which an island is traced: 1 where there is none.
 
-    An island is a `shard_map` in a model's forward, manual over its own axis and automatic over the others. The mesh is
-    JAX's own, which every step sets; under `data_parallel`, or outside a step, it has no such axis.
+    An island is a `shard_map` in a model's forward, manual over its own axis and automatic over the others; at size 1
+    it is its plain function. The mesh is JAX's own, which every step sets; under `data_parallel`, or outside a step, it
+    has no such axis.
 
     Raises:
       MeshError: the island stands in one over the same axis, or over an axis that comes later in `jaxpar.AXES`: JAX

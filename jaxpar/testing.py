@@ -254,7 +254,8 @@ def _follow(
 
 
 def _through_host(leaf: jax.Array) -> jax.Array:
-    """The leaf on one device. (JAX 0.10.2's device_put leaves it typed with the mesh it came from.)"""
+    """The leaf on one device."""
+    # JAX 0.10.2's device_put leaves what it brings to one device typed with the mesh it came from.
     if is_key(leaf):
         return jax.random.wrap_key_data(_through_host(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
     return jnp.asarray(np.asarray(leaf))
