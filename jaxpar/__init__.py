@@ -25,24 +25,16 @@ if TYPE_CHECKING:
     from jaxpar.partition import WHOLE as WHOLE
     from jaxpar.partition import Leaf as Leaf
     from jaxpar.partition import PartitionError as PartitionError
-    from jaxpar.rules import (
-        FSDP as FSDP,
-    )
-    from jaxpar.rules import (
-        MEGATRON as MEGATRON,
-    )
-    from jaxpar.rules import (
-        ZERO1 as ZERO1,
-    )
-    from jaxpar.rules import (
-        fsdp as fsdp,
-    )
-    from jaxpar.rules import (
-        megatron as megatron,
-    )
-    from jaxpar.rules import (
-        zero1 as zero1,
-    )
+    from jaxpar.rules import EXPERT as EXPERT
+    from jaxpar.rules import FSDP as FSDP
+    from jaxpar.rules import MEGATRON as MEGATRON
+    from jaxpar.rules import PIPELINE as PIPELINE
+    from jaxpar.rules import ZERO1 as ZERO1
+    from jaxpar.rules import experts as experts
+    from jaxpar.rules import fsdp as fsdp
+    from jaxpar.rules import megatron as megatron
+    from jaxpar.rules import stages as stages
+    from jaxpar.rules import zero1 as zero1
     from jaxpar.sharded import sharded as sharded
     from jaxpar.state import StateError as StateError
     from jaxpar.state import TrainState as TrainState
@@ -61,7 +53,7 @@ _HOME = {
     "loss": ("LossError", "Weighted"),
     "mesh": ("AXES", "MeshError", "fake_devices", "make_mesh"),
     "partition": ("WHOLE", "Leaf", "PartitionError"),
-    "rules": ("FSDP", "MEGATRON", "ZERO1", "fsdp", "megatron", "zero1"),
+    "rules": ("EXPERT", "FSDP", "MEGATRON", "PIPELINE", "ZERO1", "experts", "fsdp", "megatron", "stages", "zero1"),
     "sharded": ("sharded",),
     "state": ("StateError", "TrainState"),
     "step": ("RecompileWarning", "Step"),

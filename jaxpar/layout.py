@@ -15,6 +15,7 @@ from jaxpar.state import TrainState, is_key, named_leaves
 _MUST_SPLIT = {
     "model": "would all do the same work; add jaxpar.MEGATRON, or rules that name it",
     "fsdp": "would each hold the same whole state; add jaxpar.FSDP, or rules that name it",
+    "stage": "would all do the same work; add jaxpar.PIPELINE, or rules that name it",
 }
 
 

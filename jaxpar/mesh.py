@@ -3,11 +3,12 @@
 import contextlib
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "stage", "expert", "context", "model")
@@ -18,7 +19,15 @@ class MeshError(ValueError):
     """A mesh that can't be made or used: the message gives the axes, their sizes and the device count."""
 
 
-def make_mesh(spec: str | None = None, *, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+def make_mesh(
+    spec: str | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    slices: int = 1,
+    slice_axis: str = "data",
+    slice_of: Callable[[jax.Device], int] | None = None,
+    **sizes: int,
+) -> Mesh:
     """Returns a `jax.sharding.Mesh` over every given device, its axes of type Auto and in jaxpar's fixed order.
 
     Unlike `jax.make_mesh`, whose axes are Explicit by default and which leaves devices over without a word.
@@ -26,12 +35,16 @@ def make_mesh(spec: str | None = None, *, devices: Sequence[jax.Device] | None =
     Args:
       spec: the sizes as text, `"data=2,model=4"`, for a command line; the same as `data=2, model=4`.
       devices: the devices to use, all of them; by default `jax.devices()`.
+      slices: how many slices, joined by a slow network, the devices lie on. With 2 or more, `slice_axis` alone crosses
+        it, and every other axis stays inside a slice.
+      slice_axis: the axis that crosses between slices; its size is a multiple of `slices`.
+      slice_of: tells which slice a device is on; by default what JAX knows of it, else (but for TPUs) its process.
       **sizes: the size of each axis, named as in `jaxpar.AXES`. One may be -1: what the others leave. None at all is
         `data=-1`.
 
     Raises:
-      MeshError: an axis is unknown or given twice, a size is not a whole number, or the sizes don't multiply to the
-        device count.
+      MeshError: an axis is unknown or given twice, a size is not a whole number, the sizes don't multiply to the
+        device count, or the devices don't lie on that many slices of one size.
 
     >>> dict(make_mesh(model=4, data=-1).shape)
     {'data': 2, 'model': 4}
@@ -39,6 +52,9 @@ def make_mesh(spec: str | None = None, *, devices: Sequence[jax.Device] | None =
     Traceback (most recent call last):
     jaxpar.mesh.MeshError: Mesh axes {'data': 3, 'model': 2} use 6 devices, but 8 are available; sizes must multiply \
 to the device count. Pass devices=jax.devices()[:6] for a part of them.
+    >>> mesh = make_mesh(data=2, model=4, slices=2, slice_of=lambda device: device.id % 2)
+    >>> [[device.id for device in row] for row in mesh.devices]
+    [[0, 2, 4, 6], [1, 3, 5, 7]]
     """
     if spec is not None:
         sizes = _parse_sizes(spec, sizes)
@@ -49,6 +65,9 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
             raise MeshError(f"Mesh axis {axis!r} has size {size!r}; a size is a whole number, 1 or more, or -1 once.")
     chosen = check_devices(jax.devices() if devices is None else devices)
     shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen.size)
+    if slices != 1 or slice_of is not None:
+        laid = _lay_slices(shape, chosen, slices, slice_axis, slice_of)
+        return Mesh(laid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
     if devices is None:
         # JAX knows which order of the chips makes neighbours on the wire neighbours on the mesh.
         return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
@@ -185,6 +204,50 @@ def _parse_sizes(spec: str, sizes: Mapping[str, int]) -> dict[str, int]:
             raise MeshError(f"Mesh {spec!r} gives axis {axis!r} twice: {parsed[axis]} and {number}.")
         parsed[axis] = number
     return parsed
+
+
+def _lay_slices(
+    shape: dict[str, int], devices: np.ndarray, slices: int, axis: str, slice_of: Callable[[jax.Device], int] | None
+) -> np.ndarray:
+    """The devices laid out so that `axis` alone crosses between slices: its outer part, as JAX's hybrid mesh does."""
+    by_process = slice_of is None and _process_is_slice(devices)
+    groups: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        known = device.process_index if by_process else getattr(device, "slice_index", 0)
+        groups.setdefault(known if slice_of is None else slice_of(device), []).append(device)
+    _check_slices(shape, slices, axis, {index: len(group) for index, group in groups.items()})
+    inside = {name: size // slices if name == axis else size for name, size in shape.items()}
+    if slice_of is not None:
+        parts = [np.array(groups[index], dtype=object).reshape(tuple(inside.values())) for index in sorted(groups)]
+        return np.concatenate(parts, axis=list(shape).index(axis))
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inside.values()),
+        tuple(slices if name == axis else 1 for name in shape),
+        devices=list(devices),
+        process_is_granule=by_process,
+    )
+
+
+def _process_is_slice(devices: np.ndarray) -> bool:
+    # Without a fast network that JAX finds, processes on CPUs and GPUs all say slice 0; a TPU slice has many too.
+    return devices[0].platform != "tpu" and len({getattr(device, "slice_index", 0) for device in devices}) == 1
+
+
+def _check_slices(shape: dict[str, int], slices: Any, axis: str, found: dict[int, int]) -> None:
+    if isinstance(slices, bool) or not isinstance(slices, int | np.integer) or slices < 1:
+        raise MeshError(f"slices is {slices!r}; give a whole number, 1 or more.")
+    if axis not in shape:
+        raise MeshError(
+            f"slice_axis is {axis!r}{nearest(axis, tuple(shape))}, which the mesh {shape} does not have; name the "
+            "axis that crosses between slices."
+        )
+    if len(found) != slices or len(set(found.values())) != 1:
+        raise MeshError(
+            f"slices={slices}, but the devices lie on {len(found)}, as {found} (slice: devices); each of {slices} "
+            "needs as many. slice_of=lambda device: ... tells which slice a device is on."
+        )
+    if shape[axis] % slices:
+        raise MeshError(f"Mesh axis {axis!r} of size {shape[axis]} does not divide by {slices} slices.")
 
 
 def _fill_in(shape: dict[str, int], num_devices: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The ready-made rules: `FSDP`, `ZERO1` and `MEGATRON`; changes with the models and layers that people split."""
+"""The ready-made rules, one for each kind of parallelism; changes with the models and layers that people split."""
 
 import math
 import re
@@ -93,6 +93,81 @@ def megatron(*, column: Sequence[str] = (), row: Sequence[str] = (), axis: str =
     ]
 
 
+def stages(*, stacks: Sequence[str] = ("blocks", "layers"), axis: str = "stage") -> list[Rule]:
+    """Returns the rules of pipeline parallelism: each stack of layers split along its layers, and nothing else.
+
+    A stack is what `nnx.vmap`, `nnx.scan` or `linen.scan` make of equal layers: every leaf has a leading dim of layers.
+
+    Args:
+      stacks: the names of the modules that are stacks.
+      axis: the mesh axis to split over.
+
+    >>> import jaxpar
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(stage=-1), jaxpar.rules.stages(stacks=["decoder"]))
+    """
+    _check_names("stacks", stacks, "as ['blocks']")
+
+    def split(leaf: Leaf, mesh: Mesh, so_far: PartitionSpec) -> PartitionSpec | None:
+        _need_axis("PIPELINE", axis, mesh)
+        return _split_exactly(leaf, mesh, so_far, 0, axis, "layers")
+
+    # In a list, not a stack, a number follows the name.
+    return [(rf"(^|/)({'|'.join(stacks)})/(?!\d+/)", split), (".*", _whole_unless_split("PIPELINE", axis))]
+
+
+def experts(*, names: Sequence[str] = ("experts",), axis: str = "expert") -> list[Rule]:
+    """Returns the rules of expert parallelism: each mixture of experts split along its experts, and nothing else.
+
+    Dims are counted from the right, so a scanned stack of layers is split alike: kernels are (experts, in, out), biases
+    (experts, out).
+
+    Args:
+      names: the names of the modules whose leaves have a dim of experts.
+      axis: the mesh axis to split over.
+
+    >>> import jaxpar
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(expert=-1), jaxpar.rules.experts(names=["moe"]))
+    """
+    _check_names("names", names, "as ['experts']")
+
+    def split(leaf: Leaf, mesh: Mesh, so_far: PartitionSpec) -> PartitionSpec | str | None:
+        _need_axis("EXPERT", axis, mesh)
+        dim = len(leaf.shape) - 1 - _DENSE_RANK.get(leaf.path.rsplit("/", 1)[-1], len(leaf.shape))
+        if dim < 0:
+            return (
+                f"whole over {axis!r}: the shape {leaf.shape} of a {leaf.path.rsplit('/', 1)[-1]} has no dim of experts"
+            )
+        return _split_exactly(leaf, mesh, so_far, dim, axis, "experts")
+
+    return [(rf"(^|/)({'|'.join(names)})/", split), (".*", _whole_unless_split("EXPERT", axis))]
+
+
+def _check_names(argument: str, names: Sequence[str], example: str) -> None:
+    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+        raise PartitionError(f"{argument} is {names!r}; give a list of modules' names, {example}.")
+
+
+def _whole_unless_split(rules: str, axis: str) -> SpecFn:
+    def leave(leaf: Leaf, mesh: Mesh, so_far: PartitionSpec) -> None:
+        _need_axis(rules, axis, mesh)
+
+    return leave
+
+
+def _split_exactly(
+    leaf: Leaf, mesh: Mesh, so_far: PartitionSpec, dim: int, axis: str, what: str
+) -> PartitionSpec | None:
+    """`axis` on dim `dim`, which must divide: each device along it holds as many layers, or experts."""
+    if axis in axes_of(so_far):
+        return None
+    if leaf.shape[dim] % mesh.shape[axis]:
+        raise PartitionError(
+            f"{leaf.path!r} has shape {leaf.shape}: its {leaf.shape[dim]} {what} do not divide by {mesh.shape[axis]}, "
+            f"the size of mesh axis {axis!r}; give a multiple of it, or a smaller axis."
+        )
+    return PartitionSpec(*(axis if index == dim else None for index in range(len(leaf.shape))))
+
+
 def _check_min_size(min_size: int) -> int:
     if isinstance(min_size, bool) or not isinstance(min_size, int) or min_size < 0:
         raise PartitionError(f"min_size is {min_size!r}; give a whole number of elements, 0 or more.")
@@ -180,3 +255,5 @@ def _has_head_dims(leaf: Leaf) -> bool:
 FSDP: list[Rule] = fsdp()
 ZERO1: list[Rule] = zero1()
 MEGATRON: list[Rule] = megatron()
+PIPELINE: list[Rule] = stages()
+EXPERT: list[Rule] = experts()

@@ -33,6 +33,7 @@ from jaxpar import (
     pad_batch,
     sharded,
 )
+from jaxpar.mesh import island_size
 
 ROWS = 16
 BATCH = {"x": np.ones((ROWS, 16), "float32"), "y": np.ones(ROWS, "float32")}
@@ -144,6 +145,13 @@ class Unviewable:
 
 
 # What to call, the error, and what its message says; a list gives parts of it, in any order.
+def nest_islands(outer, inner):
+    """Asks for an island over one axis inside a shard_map over another."""
+    mesh = make_mesh(data=2, model=4)
+    ask = jax.shard_map(lambda x: x + island_size(inner), mesh=mesh, in_specs=P(), out_specs=P(), axis_names={outer})
+    return jax.eval_shape(ask, jnp.ones(8))
+
+
 MESHES = {
     "too few for the devices": (
         lambda: make_mesh(data=3, model=2),
@@ -222,6 +230,32 @@ MESHES = {
         lambda: sharded(jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))),
         ["'batch' is unknown", "data, fsdp, stage"],
     ),
+    "slices that JAX knows nothing of": (
+        lambda: make_mesh(data=2, model=4, slices=2),
+        "slices=2, but the devices lie on 1, as {0: 8} (slice: devices); each of 2 needs as many. slice_of=lambda "
+        "device: ... tells which slice a device is on.",
+    ),
+    "slices of two sizes": (
+        lambda: make_mesh(data=2, model=4, slices=2, slice_of=lambda device: device.id // 5),
+        ["slices=2, but the devices lie on 2, as {0: 5, 1: 3}"],
+    ),
+    "an axis across slices that the mesh lacks": (
+        lambda: make_mesh(fsdp=2, model=4, slices=2, slice_of=lambda device: device.id % 2),
+        ["slice_axis is 'data', which the mesh {'fsdp': 2, 'model': 4} does not have"],
+    ),
+    "an axis too small for the slices": (
+        lambda: make_mesh(data=1, model=8, slices=2, slice_of=lambda device: device.id % 2),
+        "Mesh axis 'data' of size 1 does not divide by 2 slices.",
+    ),
+    "no slice": (lambda: make_mesh(data=8, slices=0), "slices is 0; give a whole number, 1 or more."),
+    "an island in one over the same axis": (
+        lambda: nest_islands("model", "model"),
+        "An island over 'model' stands inside another one over 'model'; one of them is enough.",
+    ),
+    "an island in one over a later axis": (
+        lambda: nest_islands("model", "data"),
+        ["An island over 'data' stands inside one over 'model'", "data, fsdp, stage, expert, context, model"],
+    ),
     "text in place of a mesh": (
         lambda: sharded("data=8"),
         "mesh is 'data=8', a str; give a jax.sharding.Mesh, as make_mesh returns.",
@@ -239,6 +273,41 @@ MESHES = {
 }
 
 RULES = {
+    "layers that don't divide by the stages": (
+        lambda: layout(
+            jaxpar.PIPELINE,
+            mesh=make_mesh(stage=8),
+            init_fn=lambda rng: create({"params": {"blocks": {"kernel": jnp.ones((6, 4))}}}),
+        ),
+        "'params/blocks/kernel' has shape (6, 4): its 6 layers do not divide by 8, the size of mesh axis 'stage'; give "
+        "a multiple of it, or a smaller axis.",
+    ),
+    "experts that don't divide": (
+        lambda: layout(
+            jaxpar.EXPERT,
+            mesh=make_mesh(expert=8),
+            init_fn=lambda rng: create({"params": {"experts": {"up": {"kernel": jnp.ones((12, 4, 4))}}}}),
+        ),
+        ["'params/experts/up/kernel' has shape (12, 4, 4): its 12 experts do not divide by 8", "'expert'"],
+    ),
+    "stages that split nothing": (
+        lambda: layout(jaxpar.PIPELINE, mesh=make_mesh(stage=8)),
+        ["Mesh axis 'stage' of size 8 splits no leaf: 8 devices would all do the same work", "make_mesh(data=8)"],
+    ),
+    "PIPELINE on a mesh without stages": (
+        lambda: layout(jaxpar.PIPELINE, mesh=make_mesh(data=8)),
+        "PIPELINE splits over mesh axis 'stage', which the mesh {'data': 8} does not have; give it one, as "
+        "make_mesh(stage=-1), or leave PIPELINE out.",
+    ),
+    "EXPERT on a mesh without experts": (
+        lambda: layout(jaxpar.EXPERT, mesh=make_mesh(data=8)),
+        ["EXPERT splits over mesh axis 'expert', which the mesh {'data': 8} does not have", "leave EXPERT out"],
+    ),
+    "a stack's name as text": (
+        lambda: jaxpar.stages(stacks="blocks"),
+        "stacks is 'blocks'; give a list of modules' names, as ['blocks'].",
+    ),
+    "no name of experts": (lambda: jaxpar.experts(names=[]), "names is []; give a list of modules' names"),
     "one pair, not in a list": (
         lambda: sharded(make_mesh(data=8), (".*", P())),
         "Rule '.*' is not a pair (regex, spec), as ('kernel$', P(None, 'model')).",

@@ -1,5 +1,7 @@
 """`make_mesh`, `check_mesh`, `fake_devices`: the right axes in the one order, or an error with the numbers."""
 
+import math
+import re
 import subprocess
 import sys
 
@@ -7,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
+from models import DEVICES, make_batches, make_task
 
 import jaxpar
 from jaxpar.mesh import axis_sizes, check_mesh, nearest
@@ -81,6 +84,92 @@ def test_axis_sizes_multiply_what_the_mesh_has(axes, expected):
 )
 def test_the_nearest_name_is_an_aside(name, aside):
     assert nearest(name, jaxpar.AXES) == aside
+
+
+# How many devices lie on a slice in turn, the arguments, and the slices that each axis crosses.
+SLICES = [
+    (lambda device: device.id // 4, {"data": 2, "model": 4, "slices": 2}, {"data": True, "model": False}),
+    (lambda device: device.id % 2, {"data": 2, "model": 4, "slices": 2}, {"data": True, "model": False}),
+    (lambda device: device.id % 4, {"data": 4, "fsdp": 2, "slices": 4}, {"data": True, "fsdp": False}),
+    (lambda device: device.id // 4, {"data": 4, "model": 2, "slices": 2}, {"data": True, "model": False}),
+    (lambda device: "ba"[device.id % 2], {"data": -1, "slices": 2}, {"data": True}),
+    (
+        lambda device: device.id % 2,
+        {"data": 2, "fsdp": 2, "model": 2, "slices": 2, "slice_axis": "fsdp"},
+        {"data": False, "fsdp": True, "model": False},
+    ),
+    (
+        lambda device: device.id % 2,
+        {"fsdp": 2, "model": 4, "slices": 2, "slice_axis": "model"},
+        {"fsdp": False, "model": True},
+    ),
+    (lambda device: 7, {"data": 2, "model": 4}, {"data": False, "model": False}),
+]
+
+
+@pytest.mark.parametrize(("slice_of", "sizes", "crosses"), SLICES)
+def test_one_axis_alone_crosses_between_slices(slice_of, sizes, crosses):
+    mesh = jaxpar.make_mesh(slice_of=slice_of, **sizes)
+    slices = np.vectorize(slice_of)(mesh.devices)
+    found = {axis: bool((slices != slices.take([0], dim)).any()) for dim, axis in enumerate(mesh.axis_names)}
+    assert found == crosses
+    assert sorted(device.id for device in mesh.devices.flat) == [device.id for device in jax.devices()]
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_the_outer_part_of_the_axis_is_what_crosses():
+    mesh = jaxpar.make_mesh(data=4, model=2, slices=2, slice_of=lambda device: device.id // 4)
+    assert [[device.id // 4 for device in row] for row in mesh.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+
+
+def test_the_slow_axis_alone_has_collectives_across_slices():
+    slice_of = lambda device: device.id % 2
+    mesh = jaxpar.make_mesh(data=2, fsdp=2, model=2, slices=2, slice_of=slice_of)
+    task = make_task("linen_mlp")
+    strategy = jaxpar.sharded(mesh, jaxpar.MEGATRON, jaxpar.FSDP)
+    step = jaxpar.make_train_step(task.loss_fn, strategy)
+    batch = make_batches("mlp", 1, rows=1024)[0]
+    text = step.lower(strategy.abstract_state(task.init_fn), batch).compile().as_text()
+    # A program numbers devices by their place on the mesh.
+    slices = [slice_of(device) for device in mesh.devices.flat]
+    groups = {group: {slices[int(place)] for place in group.split(",")} for group in find_groups(text)}
+    assert {group for group, crossed in groups.items() if len(crossed) == 1}
+    places = np.arange(8).reshape(2, 2, 2)
+    for group, crossed in groups.items():
+        along_data = len({int(np.argwhere(places == int(place))[0][0]) for place in group.split(",")}) > 1
+        assert (len(crossed) == 2) == along_data, group
+
+
+def find_groups(text):
+    """Returns the devices, by number, of each group of each collective of a compiled program.
+
+    Programs spell them in three ways: listed, as `[rows,columns]<=[dims]T(order)`, and by named axes.
+    """
+    groups = set()
+    for line in filter(lambda line: "replica_groups=" in line, text.splitlines()):
+        listed = re.search(r"replica_groups=\{\{(.*?)\}\}", line)
+        tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\S+?),? ", line)
+        named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((\S+?)\))? \{(.*?)\}", line)
+        if listed:
+            groups |= set(listed[1].split("},{"))
+            continue
+        if tiled:
+            rows = number_devices(tiled[3]).reshape(int(tiled[1]), int(tiled[2]))
+        else:
+            sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+            along = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named[3])]
+            numbers = number_devices(named[2] or f"[{DEVICES}]").reshape(*sizes.values())
+            count = math.prod(numbers.shape[dim] for dim in along)
+            rows = np.moveaxis(numbers, along, range(-len(along), 0)).reshape(-1, count)
+        groups |= {",".join(map(str, row)) for row in rows}
+    return groups
+
+
+def number_devices(text):
+    """Returns the numbers that `[4,2]T(1,0)` stands for: those of 8 devices, laid out and transposed."""
+    dims, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    numbers = np.arange(DEVICES).reshape([int(size) for size in dims.split(",")])
+    return numbers.transpose([int(dim) for dim in order.split(",")]) if order else numbers
 
 
 def test_making_a_mesh_sets_none():

@@ -19,6 +19,7 @@ PUBLIC = [
     "AXES",
     "BatchError",
     "DriftError",
+    "EXPERT",
     "FSDP",
     "Layout",
     "LayoutRow",
@@ -26,6 +27,7 @@ PUBLIC = [
     "LossError",
     "MEGATRON",
     "MeshError",
+    "PIPELINE",
     "PartitionError",
     "RecompileWarning",
     "StateError",
@@ -37,6 +39,7 @@ PUBLIC = [
     "ZERO1",
     "data_parallel",
     "evaluate",
+    "experts",
     "fake_devices",
     "fsdp",
     "make_eval_step",
@@ -46,6 +49,7 @@ PUBLIC = [
     "pad_batch",
     "rules",
     "sharded",
+    "stages",
     "testing",
     "zero1",
 ]
@@ -120,13 +124,12 @@ def examples_of(value):
 
 
 # What a doctest of its own would add nothing to: plain values, errors, and what only its maker's example can show.
-SHOWN_ELSEWHERE = {"AXES", "WHOLE", "FSDP", "MEGATRON", "ZERO1", "rules", "testing", "RecompileWarning", "LayoutRow"}
-SHOWN_ELSEWHERE |= {"Leaf", "Step"} | {name for name in PUBLIC if name.endswith("Error")}
+VALUES = {"AXES", "WHOLE", "EXPERT", "FSDP", "MEGATRON", "PIPELINE", "ZERO1"}
+SHOWN_ELSEWHERE = VALUES | {"rules", "testing", "RecompileWarning", "LayoutRow", "Leaf", "Step"}
+SHOWN_ELSEWHERE |= {name for name in PUBLIC if name.endswith("Error")}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in PUBLIC if name not in ("AXES", "WHOLE", "FSDP", "MEGATRON", "ZERO1")]
-)
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in VALUES])
 def test_every_public_name_says_what_it_is(name):
     value = getattr(jaxpar, name)
     doc = inspect.getdoc(value) or ""

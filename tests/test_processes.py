@@ -49,7 +49,11 @@ PROGRAM = textwrap.dedent(
         "fsdp": jaxpar.sharded(jaxpar.make_mesh(fsdp=8), jaxpar.FSDP),
         "data x model": jaxpar.sharded(jaxpar.make_mesh(data=2, model=4), jaxpar.MEGATRON),
         "model": jaxpar.sharded(jaxpar.make_mesh(model=8), jaxpar.MEGATRON),
+        # Each process is a slice of its own, as hosts without a fast network between them are.
+        "slices": jaxpar.sharded(jaxpar.make_mesh(data=4, model=2, slices=count), jaxpar.MEGATRON),
     }
+    owners = np.vectorize(lambda device: device.process_index)(strategies["slices"].mesh.devices)
+    assert (owners == np.repeat(np.arange(count), 4 // count)[:, None]).all(), owners
     out = {}
     for name, strategy in strategies.items():
         part, parts = strategy.data_shard()
@@ -98,11 +102,24 @@ def run(tmp_path, *, count, devices):
     return [json.loads(stdout.strip().splitlines()[-1]) for stdout, _ in outputs]
 
 
+# How many parts of a batch each number of processes loads.
+PARTS = {
+    2: {"data": 2, "fsdp": 2, "data x model": 2, "model": 1, "slices": 2},
+    4: {"data": 4, "fsdp": 4, "data x model": 2, "model": 1, "slices": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    [alone] = run(tmp_path_factory.mktemp("one"), count=1, devices=8)
+    return alone
+
+
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_like_one(tmp_path):
-    [one] = run(tmp_path, count=1, devices=8)
-    first, second = run(tmp_path, count=2, devices=4)
-    assert {name: first[name]["parts"] for name in one} == {"data": 2, "fsdp": 2, "data x model": 2, "model": 1}
+@pytest.mark.parametrize("count", PARTS)
+def test_several_processes_train_and_evaluate_like_one(tmp_path, one, count):
+    first, *_, second = run(tmp_path, count=count, devices=8 // count)
+    assert {name: first[name]["parts"] for name in one} == PARTS[count]
     for name in one:
         assert first[name]["losses"] == pytest.approx(one[name]["losses"], rel=1e-6), name
         assert first[name]["mean"] == second[name]["mean"], name

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpar
 from jaxpar.layout import layout_state
-from jaxpar.rules import FSDP, MEGATRON, ZERO1, fsdp, megatron, zero1
+from jaxpar.rules import EXPERT, FSDP, MEGATRON, PIPELINE, ZERO1, experts, fsdp, megatron, stages, zero1
 
 W, H, V = 32, 64, 48  # width, hidden, vocabulary
 HEADS, KV, D = 8, 2, 4
@@ -83,8 +83,13 @@ SHAPES = {
 
 
 def shapes_tree():
+    return tree_of({path: row[0] for path, row in SHAPES.items()})
+
+
+def tree_of(shapes):
+    """Returns parameters, without values, of the given shapes by path."""
     tree = {}
-    for path, (shape, *_) in SHAPES.items():
+    for path, shape in shapes.items():
         node = tree
         *parents, name = path.split("/")
         for parent in parents:
@@ -128,6 +133,70 @@ def test_fsdp_fills_the_dims_that_megatron_left_open():
 def test_zero1_leaves_every_parameter_whole():
     found = specs_of(shapes_tree(), "data", ZERO1)
     assert set(found.values()) == {None}
+
+
+# Stacks of 4 layers and mixtures of 8 experts: path: (shape, PIPELINE on stage=2 and EXPERT on expert=2, then MEGATRON
+# on model=2, or FSDP on fsdp=2, after them).
+STACKED = {
+    "blocks/up/kernel": ((4, W, H), P("stage"), P("stage", None, "model"), P("stage", None, "fsdp")),
+    "blocks/up/bias": ((4, H), P("stage"), P("stage", "model"), P("stage", "fsdp")),
+    "blocks/norm/scale": ((4, W), P("stage"), P("stage"), P("stage", "fsdp")),
+    "blocks/attn/query/kernel": ((4, W, HEADS, D), P("stage"), P("stage", None, "model"), P("stage", "fsdp")),
+    "blocks/attn/out/kernel": (
+        (4, HEADS, D, W),
+        P("stage"),
+        P("stage", "model"),
+        P("stage", None, None, "fsdp"),
+    ),
+    "blocks/experts/up/kernel": (
+        (4, 8, W, H),
+        P("stage", "expert"),
+        P("stage", "expert", None, "model"),
+        P("stage", "expert", None, "fsdp"),
+    ),
+    "blocks/experts/up/bias": (
+        (4, 8, H),
+        P("stage", "expert"),
+        P("stage", "expert", "model"),
+        P("stage", "expert", "fsdp"),
+    ),
+    "blocks/router/kernel": ((4, W, 8), P("stage"), P("stage"), P("stage", "fsdp")),
+    "experts/down/kernel": ((8, H, W), P("expert"), P("expert", "model"), P("expert", "fsdp")),
+    # A list of layers is no stack, and a name that only looks alike is none either.
+    "layers/0/up/kernel": ((W, H), None, P(None, "model"), P(None, "fsdp")),
+    "my_blocks/up/kernel": ((4, W, H), None, P(None, None, "model"), P(None, None, "fsdp")),
+    "embed/embedding": ((V, W), None, P("model"), P("fsdp")),
+}
+
+
+@pytest.mark.parametrize(("column", "more", "axis"), [(1, [], "data"), (2, [MEGATRON], "model"), (3, [FSDP], "fsdp")])
+def test_pipeline_splits_stacks_and_expert_their_experts_and_more_lists_fill_the_rest(column, more, axis):
+    mesh = jaxpar.make_mesh(**{"stage": 2, "expert": 2, axis: 2})
+    tree = tree_of({path: row[0] for path, row in STACKED.items()})
+    found = {
+        row.path.removeprefix("params/"): shorten(row.spec)
+        for row in layout_state(tree, [PIPELINE, EXPERT, *more], mesh).rows
+    }
+    assert differences(found, {path: row[column] for path, row in STACKED.items()}) == {}
+
+
+def test_stacks_and_experts_can_be_named():
+    tree = tree_of({"decoder/kernel": (8, W, W), "moe/bias": (8, W), "experts/kernel": (8, W, W)})
+    mesh = jaxpar.make_mesh(stage=4, expert=2)
+    rows = layout_state(tree, [stages(stacks=["decoder"]), experts(names=["moe"])], mesh).rows
+    assert {row.path: shorten(row.spec) for row in rows} == {
+        "params/decoder/kernel": P("stage"),
+        "params/moe/bias": P("expert"),
+        "params/experts/kernel": None,
+    }
+
+
+def test_a_leaf_of_the_experts_without_their_dim_is_reported():
+    tree = tree_of({"experts/up/kernel": (8, W, W), "experts/router/kernel": (W, 8)})
+    layout = layout_state(tree, [EXPERT], jaxpar.make_mesh(expert=8))
+    (row,) = layout.left_whole
+    assert row.path == "params/experts/router/kernel"
+    assert row.note == "whole over 'expert': the shape (32, 8) of a kernel has no dim of experts"
 
 
 def test_what_a_heuristic_leaves_whole_is_reported_with_the_reason():
