@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from jaxpar import testing as testing
     from jaxpar.batch import BatchError as BatchError
     from jaxpar.batch import pad_batch as pad_batch
-    from jaxpar.data_parallel import DriftError as DriftError
     from jaxpar.data_parallel import data_parallel as data_parallel
     from jaxpar.evaluation import evaluate as evaluate
     from jaxpar.evaluation import make_eval_step as make_eval_step
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from jaxpar.sharded import sharded as sharded
     from jaxpar.state import StateError as StateError
     from jaxpar.state import TrainState as TrainState
+    from jaxpar.step import DriftError as DriftError
     from jaxpar.step import RecompileWarning as RecompileWarning
     from jaxpar.step import Step as Step
     from jaxpar.strategy import Strategy as Strategy
@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "batch": ("BatchError", "pad_batch"),
-    "data_parallel": ("DriftError", "data_parallel"),
+    "data_parallel": ("data_parallel",),
     "evaluation": ("evaluate", "make_eval_step"),
     "layout": ("Layout", "LayoutRow"),
     "loss": ("LossError", "Weighted"),
@@ -56,7 +56,7 @@ _HOME = {
     "rules": ("EXPERT", "FSDP", "MEGATRON", "PIPELINE", "ZERO1", "experts", "fsdp", "megatron", "stages", "zero1"),
     "sharded": ("sharded",),
     "state": ("StateError", "TrainState"),
-    "step": ("RecompileWarning", "Step"),
+    "step": ("DriftError", "RecompileWarning", "Step"),
     "strategy": ("Strategy",),
     "train": ("make_train_step",),
 }

@@ -1,4 +1,4 @@
-"""Batches: any nest of arrays, its rows counted, checked and padded; changes with what users feed."""
+"""Batches: any pytree of arrays, its rows counted, checked and padded; changes with what users feed."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +29,9 @@ def read_batch(batch: Any) -> Any:
     try:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(batch, is_leaf=_is_number_list)
     except ValueError as error:
-        raise BatchError(f"The batch can't be read as a nest: {error}. Give a dict whose keys are all names.") from None
+        raise BatchError(
+            f"The batch can't be read as a pytree: {error}. Give a dict whose keys are all names."
+        ) from None
     if not leaves:
         raise BatchError(f"The batch {batch!r} has no leaf; give a dict of arrays, as {{'x': x, 'y': y}}.")
     return jax.tree.unflatten(treedef, [_read_leaf(leaf, name_leaf(path)) for path, leaf in leaves])

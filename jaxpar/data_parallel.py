@@ -11,20 +11,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.mesh import MeshError, check_devices
 from jaxpar.state import named_leaves
-from jaxpar.step import Engine, StepFn
+from jaxpar.step import DriftError, Engine, StepFn
 from jaxpar.strategy import Strategy
-
-
-class DriftError(ValueError):
-    """Devices hold different values of what must be one: the message names the leaf and the reduction that lacks."""
 
 
 def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = "data") -> Strategy:
     """Returns the strategy that replicates the state and splits the batch, with `jax.pmap`.
 
     For code written for the per-device view; `sharded(make_mesh(data=-1))` computes the same. The state has no device
-    axis, and is compared bit for bit over the devices after calls 1, 2, 4, 8, ... of a step: a reduction that was
-    forgotten would let it drift apart in silence.
+    axis. A checksum of its bits is compared over the devices after calls 1, 2, 4, 8, ... of a step: a forgotten
+    reduction would let it drift apart in silence.
 
     Args:
       devices: this process's devices to use; by default all of them.
@@ -37,6 +33,11 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
     >>> jaxpar.data_parallel()
     data_parallel(8 devices, axis_name='data')
     """
+    if jax.process_count() > 1:
+        raise MeshError(
+            f"data_parallel runs in one process, but there are {jax.process_count()}; over several use "
+            "sharded(make_mesh(data=-1)), which computes the same."
+        )
     chosen = list(check_devices(jax.local_devices() if devices is None else devices))
     foreign = [device for device in chosen if device.process_index != jax.process_index()]
     if foreign:
@@ -46,11 +47,6 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
         )
     if not isinstance(axis_name, str) or not axis_name:
         raise MeshError(f"axis_name is {axis_name!r}; give a name, as 'data'.")
-    if jax.process_count() > 1:
-        raise MeshError(
-            f"data_parallel runs in one process, but there are {jax.process_count()}; over several use "
-            "sharded(make_mesh(data=-1)), which computes the same."
-        )
     mesh = Mesh(np.array(chosen), (axis_name,), axis_types=(AxisType.Auto,))
     count = len(chosen)
     split, one = NamedSharding(mesh, PartitionSpec(axis_name)), PartitionSpec()
@@ -129,8 +125,8 @@ def _watch_drift(run: StepFn, devices: Sequence[jax.Device], axis_name: str) -> 
                 if drifts:
                     where = path.removeprefix("0/") if path.startswith("0/") else f"output {path.removeprefix('1/')}"
                     raise DriftError(
-                        f"{where!r} differs among the {len(devices)} devices after call {calls} of the step: it "
-                        f"lacks a reduction, as jax.lax.pmean(x, {axis_name!r}), before it is returned."
+                        f"{where!r} differs among the {len(devices)} devices after call {calls} of the step; reduce "
+                        f"it, as jax.lax.pmean(x, {axis_name!r}), before it is returned."
                     )
         return result
 

@@ -1,6 +1,7 @@
 """`make_eval_step` and `evaluate`: what a model gives on a batch, and exactly on average over a data set."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 from flax import struct
 from jax.experimental import multihost_utils
 
-from jaxpar.batch import BatchError, count_rows, pad_rows, read_batch
+from jaxpar.batch import EXAMPLE_WEIGHT, BatchError, count_rows, pad_rows, read_batch
 from jaxpar.loss import Weighted, call_model, grow, mean_value, sum_values
 from jaxpar.state import StateError, TrainState
-from jaxpar.step import Step
+from jaxpar.step import RecompileWarning, Step
 from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy
 
 
@@ -25,7 +26,7 @@ class _Shape:
     is_rows: tuple[bool, ...] = struct.field(pytree_node=False)
 
     def join(self, sums: list[Any], rows: list[Any]) -> Any:
-        """The nest that the function returned."""
+        """The pytree that the function returned."""
         sums_left, rows_left = iter(sums), iter(rows)
         return jax.tree.unflatten(self.treedef, [next(rows_left if kept else sums_left) for kept in self.is_rows])
 
@@ -56,7 +57,7 @@ class EvalStep:
             Weighted(value.total * num_rows, num_rows if value.weight is None else value.weight * num_rows)
             for value in sums
         ]
-        weight = batch.get("example_weight") if isinstance(batch, dict) else None
+        weight = batch.get(EXAMPLE_WEIGHT) if isinstance(batch, Mapping) else None
         return shape.join(sums, [self._sum_rows(leaf, weight) for leaf in rows])
 
     def _as_rows(self, leaf: jax.Array) -> jax.Array:
@@ -82,8 +83,9 @@ def make_eval_step(
     """Returns `eval_step(state, batch)`, which gives what `fn(model, batch, rng)` does: metrics, or outputs.
 
     Args:
-      fn: gives any nest of scalars (means over the examples), `jaxpar.Weighted`, and arrays with one row an example. An
-        nnx model is in eval mode; a linen one is the variables. A loss function serves as it is.
+      fn: gives any pytree of scalars (means over the examples), `jaxpar.Weighted`, and arrays with one row an example.
+        An nnx model is in eval mode; a linen one is the variables. A loss function serves as it is. `rng` is the same
+        for every batch of one state.
       strategy: where to run it.
       compute_dtype: the dtype in which the model sees floating-point parameters.
       compiler_options: XLA's, by name, for `jax.jit`.
@@ -155,10 +157,14 @@ def evaluate(eval_step: EvalStep, state: TrainState, batches: Iterable[Any]) -> 
     """
     if not isinstance(eval_step, EvalStep):
         raise TypeError(f"eval_step is a {type(eval_step).__name__}; give what jaxpar.make_eval_step returns.")
-    sums = [
-        jax.device_get(eval_step.sum_batch(state, batch, rows))
-        for batch, rows in _even_batches(eval_step.strategy, batches)
-    ]
+    sums = []
+    for batch, rows in _even_batches(eval_step.strategy, batches):
+        with warnings.catch_warnings():
+            # A last batch that is padded here, with a second compile, is none of its user's doing.
+            warnings.filterwarnings(
+                "ignore", r"The batch (gained|lost) the leaf \['example_weight'\]", RecompileWarning
+            )
+            sums.append(jax.device_get(eval_step.sum_batch(state, batch, rows)))
     if not sums:
         raise BatchError("batches gave no batch; evaluate needs at least one.")
 
@@ -208,4 +214,4 @@ def _largest(number: int) -> int:
 def _weightless(batch: Any) -> Any:
     if batch is None:
         raise BatchError("This process has no batch while others have; give each at least one.")
-    return {**batch, "example_weight": np.zeros(count_rows(read_batch(batch)), np.float32)}
+    return {**batch, EXAMPLE_WEIGHT: np.zeros(count_rows(read_batch(batch)), np.float32)}

@@ -65,8 +65,8 @@ class Layout:
 
     @property
     def left_whole(self) -> tuple[LayoutRow, ...]:
-        """The rows that a heuristic left whole, largest first, each with its reason in `note`."""
-        whole = [row for row in self.rows if row.note and not any(row.spec)]
+        """The rows that a heuristic left whole over its axis, largest first, each with its reason in `note`."""
+        whole = [row for row in self.rows if row.note]
         return tuple(sorted(whole, key=lambda row: -row.bytes_per_device))
 
     def __str__(self) -> str:
@@ -167,7 +167,8 @@ def _row(leaf: Leaf, match: Match, mesh: Mesh) -> LayoutRow:
 def _note_maker(row: LayoutRow, maker: str | None) -> LayoutRow:
     if maker is None or not axes_of(row.spec):
         return row
-    return row._replace(note=f"made whole on every device at init, by {maker!r}, then split")
+    made = f"made whole on every device at init, by {maker!r}, then split"
+    return row._replace(note="; ".join(filter(None, (row.note, made))))
 
 
 def _check_axes_split(rows: Sequence[LayoutRow], mesh: Mesh) -> None:

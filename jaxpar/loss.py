@@ -133,7 +133,7 @@ def sum_values(
     """Returns each value that `call` gives as its part of a sum over the whole batch, and the model's state after it.
 
     Args:
-      call: `call(batch, numbers)` gives a nest of values and the state; the numbers are for its random keys.
+      call: `call(batch, numbers)` gives a pytree of values and the state; the numbers are for its random keys.
       batch: the rows of one shard and microbatch.
       model_state: the state before it: with padding in the batch it must not change.
       fraction: what part of the whole batch these rows are.
@@ -141,7 +141,7 @@ def sum_values(
       keep_rows: whether values of one an example are returned as they are, not summed.
 
     Returns:
-      The nest with a `Weighted` for each value. Where examples weigh alike, its total is a part of the mean and its
+      The pytree with a `Weighted` for each value. Where examples weigh alike, its total is a part of the mean and its
       weight None, so that no division is left to do; else both are sums, over the global number of rows.
     """
     rows = count_rows(batch, is_shared)
@@ -198,7 +198,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def _fold_leaf(leaf: jax.Array, numbers: Any) -> jax.Array:
-    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if not is_key(leaf):
         return leaf
     # A scanned stack of layers holds a key a layer.
     return (

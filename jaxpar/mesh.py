@@ -114,10 +114,10 @@ def check_mesh(mesh: Mesh) -> None:
         )
 
 
-def axis_sizes(mesh: Mesh, axes: Sequence[str]) -> int:
-    """Returns the product of the sizes of those of `axes` that the mesh has: how many ways they split a dim.
+def count_shards(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Returns how many ways `axes` split a dim: the product of the sizes of those that the mesh has.
 
-    >>> axis_sizes(make_mesh(data=2, model=4), ("data", "fsdp", "model"))
+    >>> count_shards(make_mesh(data=2, model=4), ("data", "fsdp", "model"))
     8
     """
     return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)

@@ -1,6 +1,6 @@
 """One device's own training, written out by hand in plain JAX: what the assertions compare every strategy with.
 
-It shares no line with the builder: microbatches are a Python loop, shards a `vmap`, and sums are written out here.
+It shares none of the builder's arithmetic: microbatches are a Python loop, shards a `vmap`, sums are written out here.
 """
 
 import dataclasses

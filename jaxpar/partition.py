@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxpar.mesh import AXES, axis_sizes, nearest
+from jaxpar.mesh import AXES, count_shards, nearest
 
 
 class PartitionError(ValueError):
@@ -53,7 +53,7 @@ class Match(NamedTuple):
     Attributes:
       spec: the mesh axes of each dim.
       rule: the rules that gave it, as text.
-      note: why a function left the leaf as it was; empty where none said so.
+      note: why functions left the leaf as it was; empty where none said so.
       given: what the annotation (first) and each list gave, dim by dim: what optimizer state derives its own from.
       used: the patterns that matched.
     """
@@ -158,7 +158,7 @@ def match_optimizer_leaf(
         elif source is not None:
             inherit(source[1].given[index])
     if dims is None and math.prod(leaf.shape) > 1 and not any(fill.spec):
-        fill.note = fill.note or "whole: no parameter's path and shape explain it; a '^opt_state' rule can split it"
+        fill.notes = fill.notes or ["whole: no parameter's path and shape explain it; a '^opt_state' rule can split it"]
     return fill.match([])
 
 
@@ -183,7 +183,7 @@ class _Fill:
         self.leaf, self.mesh = leaf, mesh
         self.spec = open_spec(len(leaf.shape))
         self.closed = False
-        self.note = ""
+        self.notes: list[str] = []
         self.used: list[str] = []
         self.sources: list[str] = []
         self._taken: PartitionSpec | Whole | None = None
@@ -195,7 +195,7 @@ class _Fill:
         if callable(spec):
             spec = spec(self.leaf, self.mesh, self.spec)
             if isinstance(spec, str):
-                self.note = spec
+                self.notes.append(spec)
                 return
             if isinstance(spec, PartitionSpec):
                 _check_axes(spec, self.mesh, f"The function of rule {rule!r}, for {self.leaf.path!r},")
@@ -231,7 +231,7 @@ class _Fill:
                     f"Rule {rule!r} splits dim {dim} of {leaf.path!r} over {taken[0]!r}, but {self.spec} "
                     f"and {spec} together use that axis twice; an axis splits one dim of a leaf."
                 )
-            size = axis_sizes(self.mesh, axes)
+            size = count_shards(self.mesh, axes)
             if leaf.shape[dim] % size:
                 raise PartitionError(
                     f"{leaf.path!r} has shape {leaf.shape}: dim {dim} does not divide by {size}, the size "
@@ -249,9 +249,7 @@ class _Fill:
 
     def match(self, given: Sequence[PartitionSpec | Whole | None]) -> Match:
         rule = " + ".join(dict.fromkeys(self.sources)) or (self.used[-1] if self.used else "")
-        # A dim of which a later list made something needs no excuse from an earlier one.
-        note = "" if any(self.spec) else self.note
-        return Match(self.spec, rule, note, tuple(given), frozenset(self.used))
+        return Match(self.spec, rule, "; ".join(self.notes), tuple(given), frozenset(self.used))
 
 
 def _entry_axes(entry: Any) -> tuple[str, ...]:

@@ -209,7 +209,7 @@ def _split_largest(rules: str, axis: str, min_size: int) -> SpecFn:
             return None
         if size < min_size:
             return f"whole over {axis!r}: {size} elements are fewer than min_size={min_size}"
-        first = len(leaf.shape) - min(_rank_of_one_layer(leaf), len(leaf.shape))
+        first = _count_stacked(leaf)
         candidates = [
             dim
             for dim in range(first, len(leaf.shape))
@@ -223,8 +223,29 @@ def _split_largest(rules: str, axis: str, min_size: int) -> SpecFn:
     return split
 
 
+def _count_stacked(leaf: Leaf) -> int:
+    """How many leading dims of a leaf are its scanned layers, or experts: never to be split with its features.
+
+    The names of Flax's own leaves tell; another leaf is stacked as those that lie nearest to it are.
+    """
+    if leaf.path.rsplit("/", 1)[-1] in _DENSE_RANK:
+        return max(0, len(leaf.shape) - _rank_of_one_layer(leaf))
+    parents = leaf.path.split("/")[:-1]
+    for prefix in ("/".join(parents[:depth]) + "/" for depth in range(len(parents), 0, -1)):
+        near = [
+            Leaf(path, shape, None, leaf.shapes)
+            for path, shape in leaf.shapes.items()
+            if path.startswith(prefix) and path.rsplit("/", 1)[-1] in _DENSE_RANK
+        ]
+        if near:
+            stacks = {other.shape[: len(other.shape) - _rank_of_one_layer(other)] for other in near}
+            (stack,) = stacks if len(stacks) == 1 else [()]
+            return len(stack) if leaf.shape[: len(stack)] == stack else 0
+    return 0
+
+
 def _rank_of_one_layer(leaf: Leaf) -> int:
-    """The rank that a leaf of this name has where no scanned dim of layers stands before it."""
+    """The rank that one of Flax's own leaves has where no scanned dim of layers stands before it."""
     name = leaf.path.rsplit("/", 1)[-1]
     rank = _DENSE_RANK.get(name, len(leaf.shape))
     if re.search(_layer((*_HEADS, "out"), "kernel|bias"), leaf.path) and _has_head_dims(leaf):

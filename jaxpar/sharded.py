@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpar.batch import match_path
+from jaxpar.batch import BatchError, match_path
 from jaxpar.layout import Layout
-from jaxpar.mesh import BATCH_AXES, axis_sizes, check_mesh
+from jaxpar.mesh import BATCH_AXES, check_mesh, count_shards
 from jaxpar.partition import Leaf, Rules, Whole, axes_of, check_rules, match_leaf
-from jaxpar.step import Engine, StepFn
+from jaxpar.state import is_key, named_leaves
+from jaxpar.step import DriftError, Engine, StepFn
 from jaxpar.strategy import Strategy
 
 AXIS_NAME = "data"
@@ -89,8 +92,9 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
     def manual_axes(layout: Layout, num_microbatches: int) -> tuple[str, ...]:
         splits = {axis for row in layout.rows if row.path.startswith("params/") for axis in axes_of(row.spec)}
         # An axis that splits parameters stays the compiler's: made manual, it would gather every weight whole at entry.
-        axes = tuple(axis for axis in batch_axes if mesh.shape[axis] > 1 and axis not in splits)
-        return axes if num_microbatches > 1 else ()
+        # So do fsdp and expert even where they split none: a model's own reductions name the data axis alone.
+        is_manual = num_microbatches > 1 and mesh.shape.get(AXIS_NAME, 1) > 1 and AXIS_NAME not in splits
+        return (AXIS_NAME,) if is_manual else ()
 
     def run_shards(fn: Callable, axes: tuple[str, ...], batch: Any) -> Callable:
         inner = fn if AXIS_NAME in axes else _bind_axis_name(fn)
@@ -123,7 +127,7 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         constrain,
     )
     name = f"sharded({dict(mesh.shape)}, {len(rules)} list{'s' * (len(rules) != 1)} of rules)"
-    strategy = Strategy(name, mesh, AXIS_NAME, axis_sizes(mesh, batch_axes), rules, is_shared, engine)
+    strategy = Strategy(name, mesh, AXIS_NAME, count_shards(mesh, batch_axes), rules, is_shared, engine)
     return strategy
 
 
@@ -133,7 +137,14 @@ def _split_batch(batch_axes: tuple[str, ...], leaf: Leaf, mesh: Mesh, so_far: Pa
     free = tuple(axis for axis in batch_axes if axis not in axes_of(so_far))
     if leaf.shape and so_far[0] is None and free:
         entries[0] = free
+    size = mesh.shape.get("context", 1)
     if len(leaf.shape) > 1 and so_far[1] is None and "context" in mesh.shape and "context" not in axes_of(so_far):
+        if leaf.shape[1] % size:
+            raise BatchError(
+                f"Batch leaf {leaf.path!r} has shape {leaf.shape}: dim 1, taken for the sequence, does not divide by "
+                f"{size}, the size of mesh axis 'context'; pad it, or close the leaf by batch_rules=[({leaf.path!r}, "
+                "jaxpar.WHOLE)] if every device needs it whole."
+            )
         entries[1] = "context"
     return PartitionSpec(*entries)
 
@@ -165,7 +176,8 @@ def _lower(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, 
         in_shardings=(state_shardings, batch_shardings),
         # The state comes back as it went in: else the next call would compile again.
         out_shardings=(state_shardings, None) if carries_state else None,
-        donate_argnums=(0,) if carries_state else (),
+        # As jit does by itself: whoever looks for a NaN needs the state from before.
+        donate_argnums=(0,) if carries_state and not _looks_for_nans() else (),
         compiler_options=compiler_options,
     )
     with jax.set_mesh(mesh):
@@ -173,4 +185,46 @@ def _lower(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, 
 
 
 def _prepare(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> StepFn:
-    return _lower(mesh, fn, state, batch, carries_state, compiler_options).compile()
+    run = _lower(mesh, fn, state, batch, carries_state, compiler_options).compile()
+    return (
+        _watch_counts(run)
+        if carries_state and any(_is_count(path, leaf) for path, leaf in named_leaves(state))
+        else run
+    )
+
+
+def _looks_for_nans() -> bool:
+    config: Any = jax.config
+    return config.jax_debug_nans or config.jax_debug_infs
+
+
+def _is_count(path: str, leaf: Any) -> bool:
+    return re.search(r"(^|/)model_state/", path) is not None and not (
+        jnp.issubdtype(leaf.dtype, jnp.inexact) or is_key(leaf)
+    )
+
+
+def _watch_counts(run: StepFn) -> StepFn:
+    """`run`, after whose calls 1, 2, 4, 8, ... the model's counts are compared over the devices.
+
+    Where a step is manual over the data axis each device counts its own rows; there is no average of counts to take.
+    """
+    calls = 0
+
+    def watched(state: Any, batch: Any) -> Any:
+        nonlocal calls
+        result = run(state, batch)
+        calls += 1
+        if calls & (calls - 1) == 0:
+            for path, leaf in named_leaves(result[0]):
+                if _is_count(path, leaf) and leaf.is_fully_replicated:
+                    first, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+                    if any((first != other).any() for other in others):
+                        raise DriftError(
+                            f"{path!r} differs among the {leaf.sharding.num_devices} devices after call {calls} of the "
+                            f"step: each counted its own rows; sum them in the model, by "
+                            f"jax.lax.psum(x, {AXIS_NAME!r})."
+                        )
+        return result
+
+    return watched

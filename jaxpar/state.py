@@ -202,7 +202,8 @@ def as_key(rng: Any) -> jax.Array:
     """
     if is_key(rng) and rng.shape == ():
         return rng
-    if isinstance(rng, jax.Array) and rng.dtype == jnp.uint32 and rng.ndim == 1:
+    words = jax.random.key_data(jax.random.key(0)).shape
+    if isinstance(rng, jax.Array) and rng.dtype == jnp.uint32 and rng.shape == words:
         return jax.random.wrap_key_data(rng)
     raise StateError(f"rng is {rng!r}; give a random key, as jax.random.key(0).")
 

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -23,6 +23,10 @@ StepFn = Callable[[Any, Any], Any]
 
 class RecompileWarning(UserWarning):
     """A batch of another shape made a step compile again."""
+
+
+class DriftError(ValueError):
+    """Devices hold different values of what must be one: the message names the leaf and the reduction it needs."""
 
 
 class Engine(NamedTuple):
@@ -79,7 +83,7 @@ class Step:
         self._carries_state, self._num_microbatches = carries_state, num_microbatches
         self._compiler_options = compiler_options
         self._runs: dict[Any, StepFn] = {}
-        self._shapes: dict[Any, Any] = {}
+        self._batches: dict[Any, Any] = {}
         self._state_shapes: dict[Any, Any] = {}
 
     def __call__(self, state: Any, batch: Any) -> Any:
@@ -99,7 +103,7 @@ class Step:
                 raise _name_deleted(state, batch)
             return run(state, batch)
         except Exception as error:
-            named = self._explain(state, batch, self._state_shapes[kind])
+            named = _name_nan(error) or self._explain(state, batch, self._state_shapes[kind])
             if named is None:
                 raise
             raise named from error
@@ -112,6 +116,11 @@ class Step:
         return self.strategy.engine.lower(self.fn, state, batch, self._carries_state, self._compiler_options)
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                "jax_disable_jit is set, but a step is compiled ahead of time; call your own function by itself "
+                "instead, as loss_fn(state.model, batch, jax.random.key(0)), under a debugger."
+            )
         self._check_batch(batch)
         self._check_arrays(state)
         self._check_state(state)
@@ -126,16 +135,15 @@ class Step:
                 ) from error
             raise
         seconds = time.perf_counter() - start
-        before = self._shapes.get(key[:2])
+        before = self._batches.get(key[0])
         if before is not None:
-            name, old, new = _first_change(batch, before)
             warnings.warn(
-                f"Batch leaf {name} changed from {old} to {new}: the step compiled again, in {seconds:.1f} s. Pad "
-                "with jaxpar.pad_batch to keep one shape.",
+                f"{_describe_change(batch, before, self.strategy.engine.example_dims)}: the step compiled again, in "
+                f"{seconds:.1f} s. Pad every batch with jaxpar.pad_batch to keep one shape.",
                 RecompileWarning,
                 stacklevel=3,
             )
-        self._runs[key], self._shapes[key[:2]] = run, key[2]
+        self._runs[key], self._batches[key[0]] = run, jax.tree.map(jax.typeof, batch)
         self._state_shapes[key[0]] = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
         return run
 
@@ -171,10 +179,11 @@ class Step:
                     f"State leaf {path!r} lies on {len(devices)} devices, but {self.strategy.name} uses "
                     f"{len(mesh_devices)}; make the state with strategy.init, or strategy.place(state)."
                 )
-        if isinstance(state, TrainState):
-            _check_optimizer(state)
-            layout = self.strategy.layout(state)
-            for row, leaf, sharding in zip(layout.rows, jax.tree.leaves(state), layout.shardings, strict=True):
+        parts = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TrainState))
+        for part in (part for part in parts if isinstance(part, TrainState)):
+            _check_optimizer(part)
+            layout = self.strategy.layout(part)
+            for row, leaf, sharding in zip(layout.rows, jax.tree.leaves(part), layout.shardings, strict=True):
                 if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
                     raise StateError(
                         f"State leaf {row.path!r} is laid out as {getattr(leaf.sharding, 'spec', leaf.sharding)}, but "
@@ -275,11 +284,37 @@ def _name_deleted(state: Any, batch: Any) -> ValueError | TypeError:
     )
 
 
-def _first_change(batch: Any, before: Sequence[tuple[tuple[int, ...], Any]]) -> tuple[str, Any, Any]:
-    for (path, leaf), (shape, dtype) in zip(jax.tree_util.tree_leaves_with_path(batch), before, strict=True):
-        if leaf.shape != shape or leaf.dtype != dtype:
-            return name_leaf(path), f"{shape} {dtype}", f"{leaf.shape} {leaf.dtype}"
-    return "(none)", "", ""
+def _describe_change(batch: Any, before: Any, example_dims: int) -> str:
+    """What of a batch is not as it was: the leaf, and both shapes."""
+    old, new = (
+        {name_leaf(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (before, batch)
+    )
+    for verb, names in (("gained", new.keys() - old.keys()), ("lost", old.keys() - new.keys())):
+        if names:
+            return f"The batch {verb} the leaf {', '.join(sorted(names))}"
+
+    def show(leaf: Any) -> str:
+        # A shard of pmap's has a dim of its own, which the user's batch doesn't have.
+        shape = (math.prod(leaf.shape[:example_dims]), *leaf.shape[example_dims:])[: max(leaf.ndim, 1)]
+        return f"{shape if leaf.ndim >= example_dims else leaf.shape} {leaf.dtype}"
+
+    changed = (name for name in new if (new[name].shape, new[name].dtype) != (old[name].shape, old[name].dtype))
+    name = next(changed, None)
+    return (
+        "The batch changed its containers"
+        if name is None
+        else (f"Batch leaf {name} changed from {show(old[name])} to {show(new[name])}")
+    )
+
+
+def _name_nan(error: Exception) -> Exception | None:
+    # JAX's own search for the operation runs a jitted function again; it can't for a compiled one.
+    if type(error).__name__ != "InternalFloatingPointError":
+        return None
+    return FloatingPointError(
+        f"The step made a {error.args[-1]}; to have JAX name the operation, call your own function by itself, as "
+        "loss_fn(state.model, batch, jax.random.key(0)), with jax_debug_nans set."
+    )
 
 
 def _not_placed(batch: Any, name: str | None = None) -> BatchError:

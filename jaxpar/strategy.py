@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.batch import BatchError, check_weight, count_rows, match_path, name_leaf, read_batch
 from jaxpar.initialisers import find_makers
@@ -66,10 +66,11 @@ class Strategy:
         create = jax.jit(lambda rng: jax.tree.leaves(_split_init(init_fn)(rng)), out_shardings=layout.shardings)
         return jax.tree.unflatten(jax.tree.structure(whole), create(rng))
 
-    def place(self, state: TrainState) -> TrainState:
+    def place(self, state: Any) -> Any:
         """Returns a copy of an existing state, laid out by this strategy: pretrained, restored, or from an old loop.
 
-        The copy is its own: the steps, which take over the memory of their state, leave the given one alone.
+        The copy is its own: the steps, which donate the memory of their state, leave the given one alone. A step of
+        your own may carry any pytree of arrays and `TrainState`s: arrays outside one are replicated.
 
         >>> import jaxpar, optax
         >>> state = jaxpar.TrainState.create(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), optax.adam(1e-3))
@@ -83,8 +84,14 @@ class Strategy:
             if isinstance(leaf, jax.Array) and leaf.is_deleted():
                 raise StateError(f"State leaf {path!r} is gone: a step took over its memory; place what it returned.")
         state = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else np.array(leaf), state)
-        leaves = jax.device_put(jax.tree.leaves(state), self._layout_of(state).shardings)
-        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+
+        def shardings_of(part: Any) -> list[Any]:
+            return self._layout_of(part).shardings if isinstance(part, TrainState) else [whole]
+
+        is_state = lambda node: isinstance(node, TrainState)
+        shardings = [s for part in jax.tree.leaves(state, is_leaf=is_state) for s in shardings_of(part)]
+        return jax.tree.unflatten(jax.tree.structure(state), jax.device_put(jax.tree.leaves(state), shardings))
 
     def layout(self, state: TrainState | Callable[[jax.Array], TrainState]) -> Layout:
         """Returns where each leaf of a state lies, or of the one that an `init_fn` would make, which is not run.
@@ -101,7 +108,13 @@ class Strategy:
         return self._layout_of(whole, find_makers(jaxpr))
 
     def abstract_state(self, init_fn: Callable[[jax.Array], TrainState]) -> TrainState:
-        """Returns the state that `init` would give as shapes, dtypes and shardings: nothing is allocated."""
+        """Returns the state that `init` would give as shapes, dtypes and shardings: nothing is allocated.
+
+        >>> import jaxpar, optax
+        >>> init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(64, 32, rngs=nnx.Rngs(rng)), optax.sgd(1e-3))
+        >>> jaxpar.sharded(jaxpar.make_mesh(fsdp=8), jaxpar.FSDP).abstract_state(init_fn).params["kernel"].sharding.spec
+        P('fsdp', None)
+        """
         whole = jax.eval_shape(_split_init(init_fn), _abstract_key())
         leaves = [
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -113,7 +126,7 @@ class Strategy:
         """Returns the batch on the devices, split as a step takes it.
 
         Args:
-          batch: any nest of what NumPy can view, torch tensors too: the global batch in one process, the rows that
+          batch: any pytree of what NumPy can view, torch tensors too: the global batch in one process, the rows that
             `data_shard` names in many.
 
         Raises:
@@ -131,7 +144,12 @@ class Strategy:
         return self.engine.put_batch(batch)
 
     def abstract_batch(self, batch: Any) -> Any:
-        """Returns what `shard_batch` would give as shapes, dtypes and shardings; it takes shapes as well as arrays."""
+        """Returns what `shard_batch` would give as shapes, dtypes and shardings; it takes shapes as well as arrays.
+
+        >>> import jaxpar
+        >>> jaxpar.sharded(jaxpar.make_mesh(data=8)).abstract_batch({"x": np.ones((16, 3), "float32")})["x"].shape
+        (16, 3)
+        """
         return self.engine.abstract_batch(self._checked(batch))
 
     def data_shard(self) -> tuple[int, int]:
@@ -148,8 +166,8 @@ class Strategy:
     def compile(self, step: StepFn, *, compiler_options: dict[str, Any] | None = None) -> "Step":
         """Returns a step of your own, `(state, batch) -> (state, out)`, compiled for these devices.
 
-        The state is any nest of arrays or `TrainState`s (a GAN's two, a teacher's average), laid out as `init` and
-        `place` do; its memory is taken over, and it comes back laid out alike. Under `data_parallel` the step sees one
+        The state is any pytree of arrays or `TrainState`s (a GAN's two, a teacher's average), laid out as `init` and
+        `place` do; its memory is donated, and it comes back laid out alike. Under `data_parallel` the step sees one
         shard of the batch, and must reduce what it returns over `axis_name`.
 
         Args:
@@ -159,8 +177,7 @@ class Strategy:
         >>> import jaxpar
         >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
         >>> add = strategy.compile(lambda state, batch: (state + batch["x"].sum(), {}))
-        >>> state = jax.device_put(np.float32(0), jax.NamedSharding(strategy.mesh, PartitionSpec()))
-        >>> float(add(state, strategy.shard_batch({"x": np.ones(16)}))[0])
+        >>> float(add(strategy.place(np.float32(0)), strategy.shard_batch({"x": np.ones(16)}))[0])
         16.0
         """
         return Step(self, step, compiler_options=compiler_options)

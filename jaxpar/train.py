@@ -49,7 +49,7 @@ def make_train_step(
       compiler_options: XLA's, by name, for `jax.jit`.
 
     Returns:
-      The step. It takes over the memory of its state. Metrics are `loss`, `grad_norm` (before any clipping) and the
+      The step. It donates the memory of its state. Metrics are `loss`, `grad_norm` (before any clipping) and the
       function's own, with `skipped` where steps can be.
 
     Raises:

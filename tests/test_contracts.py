@@ -92,9 +92,14 @@ def test_a_step_takes_over_its_states_buffers_and_gives_them_back_laid_out_alike
 def test_a_changed_batch_shape_compiles_again_and_says_so(kind):
     strategy, state, step = start(kind, make_task("nnx_mlp"))
     state, _ = step(state, strategy.shard_batch(make_batches("mlp", 1)[0]))
-    shapes = r"\(8, 4, 8\) float32 to \(8, 8, 8\) float32" if kind == "pmap" else r"\(32, 8\) float32 to \(64, 8\)"
-    with pytest.warns(jaxpar.RecompileWarning, match=rf"\['x'\] changed from {shapes}.*in [0-9.]+ s"):
-        step(state, strategy.shard_batch(make_batches("mlp", 1, rows=64)[0]))
+    text = r"\['x'\] changed from \(32, 8\) float32 to \(64, 8\) float32: the step compiled again, in [0-9.]+ s"
+    with pytest.warns(jaxpar.RecompileWarning, match=text):
+        state, _ = step(state, strategy.shard_batch(make_batches("mlp", 1, rows=64)[0]))
+    padded = jaxpar.pad_batch({name: leaf[:30] for name, leaf in make_batches("mlp", 1)[0].items()}, 32)
+    with pytest.warns(
+        jaxpar.RecompileWarning, match=r"The batch gained the leaf \['example_weight'\]: the step compiled"
+    ):
+        step(state, strategy.shard_batch(padded))
 
 
 # ---- weights, clipping, scaling
@@ -226,13 +231,17 @@ def init_normed(rng):
 
 @functools.cache
 def batch_statistics(kind, devices, num_microbatches):
-    strategy, state = init_once(kind, init_normed, devices)
+    return batch_statistics_under(STRATEGIES[kind](devices), num_microbatches)
+
+
+def batch_statistics_under(strategy, num_microbatches):
+    state = strategy.init(init_normed, jax.random.key(0))
     step = jaxpar.make_train_step(
         lambda model, batch, rng: (model(batch["x"]) ** 2)[:, 0].mean(), strategy, num_microbatches=num_microbatches
     )
     # Rows that grow, so that each shard's own statistics are far from the whole batch's.
     x = make_batches("mlp", 1)[0]["x"] * np.arange(ROWS, dtype="float32")[:, None]
-    state, _ = step(strategy.place(state), strategy.shard_batch({"x": x}))
+    state, _ = step(state, strategy.shard_batch({"x": x}))
     return to_numpy(state.model_state["batch_stats"])
 
 
@@ -244,6 +253,44 @@ def test_batch_statistics_are_those_of_the_global_batch_or_microbatch(kind, num_
     assert set(expected) == {"norm/mean", "norm/var"}
     for path, leaf in expected.items():
         np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"expert": 8}, {"data": 2, "fsdp": 2, "expert": 2}])
+def test_batch_statistics_are_those_of_the_microbatch_whatever_the_axes_of_the_batch(sizes):
+    rules = [jaxpar.FSDP] if "fsdp" in sizes else []
+    found = batch_statistics_under(jaxpar.sharded(jaxpar.make_mesh(**sizes), *rules), 4)
+    for path, leaf in batch_statistics("data", 1, 4).items():
+        np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+class Counting(nnx.Module):
+    def __init__(self, summed, rngs):
+        self.up = nnx.Linear(8, 32, rngs=rngs)
+        self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self.summed = summed
+
+    def __call__(self, x):
+        rows = (x[:, 0] > 0).sum(dtype=jnp.int32)
+        self.count[...] += jax.lax.psum(rows, "data") if self.summed else rows
+        return self.up(x)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize("kind", ["pmap", "data", "fsdp"])
+@pytest.mark.parametrize("summed", [True, False])
+def test_counts_that_a_model_keeps_are_summed_or_refused(kind, num_microbatches, summed):
+    strategy = STRATEGIES[kind](DEVICES)
+    state = strategy.init(lambda rng: jaxpar.TrainState.create(Counting(summed, nnx.Rngs(rng)), SGD), jax.random.key(0))
+    step = jaxpar.make_train_step(
+        lambda model, batch, rng: (model(batch["x"]) ** 2).mean(), strategy, num_microbatches=num_microbatches
+    )
+    batch = {"x": make_batches("mlp", 1)[0]["x"]}
+    if not summed and (kind == "pmap" or (kind == "data" and num_microbatches > 1)):
+        with pytest.raises(jaxpar.DriftError, match=r"'model_state/batch_stats/count' differs among the 8 devices"):
+            step(state, strategy.shard_batch(batch))
+        return
+    state, _ = step(state, strategy.shard_batch(batch))
+    assert int(state.model_state["batch_stats"]["count"]) == (batch["x"][:, 0] > 0).sum()
 
 
 def test_state_that_differs_by_shard_is_averaged_under_pmap():
@@ -306,3 +353,28 @@ def test_an_eval_step_gives_means_over_the_batch_and_rows_in_their_order(kind):
     expected = np.asarray(model(batch["x"]))
     np.testing.assert_allclose(np.asarray(found["logits"]), expected, atol=1e-5)
     assert float(found["mean"]) == pytest.approx(expected.mean(), abs=1e-6)
+
+
+# ---- looking for what is wrong inside a step
+
+
+def test_a_step_that_makes_a_nan_says_how_to_find_the_operation():
+    strategy, state, step = start("data", make_task("nnx_mlp"))
+    batch = make_batches("mlp", 1)[0]
+    batch["x"][0, 0] = np.nan
+    with jax.debug_nans(True):
+        with pytest.raises(FloatingPointError, match=r"The step made a nan; .* loss_fn\(state.model, batch, .* set"):
+            step(state, strategy.shard_batch(batch))
+        # The state is there still, and the function by itself tells the operation.
+        with pytest.raises(FloatingPointError, match=r"encountered in \w+"):
+            make_task("nnx_mlp").loss_fn(state.model, batch, jax.random.key(0))
+
+
+def test_a_step_without_jit_says_what_to_do_instead():
+    strategy, state, step = start("data", make_task("nnx_mlp"))
+    batch = strategy.shard_batch(make_batches("mlp", 1)[0])
+    with (
+        jax.disable_jit(),
+        pytest.raises(ValueError, match=r"jax_disable_jit is set, .* call your own function by itself"),
+    ):
+        step(state, batch)

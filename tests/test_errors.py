@@ -426,10 +426,6 @@ RULES = {
         lambda: sharded(make_mesh(data=8), batch_rules=[("x", P("data", None, None))]).shard_batch(BATCH),
         ["Rule 'x'", "'x', 3 dims", "(16, 16) has 2"],
     ),
-    "a sequence that doesn't divide by context": (
-        lambda: sharded(make_mesh(data=4, context=2)).shard_batch({"x": np.ones((8, 3))}),
-        ["'x' has shape (8, 3): dim 1 does not divide by 2", "('context',)"],
-    ),
 }
 
 STATES = {
@@ -498,7 +494,7 @@ STATES = {
     "a seed in place of a key": (lambda: data().init(init_fn, 0), ["rng is 0", "jax.random.key(0)"]),
     "two keys": (lambda: data().init(init_fn, jax.random.split(KEY)), ["rng", "(2,)", "jax.random.key(0)"]),
     "a layout of nothing": (lambda: data().layout(None), ["NoneType", "TrainState"]),
-    "a dict to place": (lambda: data().place({"w": jnp.ones(3)}), ["The state is a dict", "TrainState.create"]),
+    "a dict to lay out": (lambda: data().layout({"w": jnp.ones(3)}), ["The state is a dict", "TrainState.create"]),
     "shapes to place": (
         lambda: data().place(data().abstract_state(init_fn)),
         "State leaf 'step' is a shape, not an array; make the state with strategy.init.",
@@ -602,6 +598,11 @@ STATES = {
 }
 
 BATCHES = {
+    "a sequence that doesn't divide by context": (
+        lambda: sharded(make_mesh(data=4, context=2)).shard_batch({"x": np.ones((8, 3))}),
+        "Batch leaf 'x' has shape (8, 3): dim 1, taken for the sequence, does not divide by 2, the size of mesh axis "
+        "'context'; pad it, or close the leaf by batch_rules=[('x', jaxpar.WHOLE)] if every device needs it whole.",
+    ),
     "rows that don't divide": (
         lambda: data().shard_batch({"x": np.ones((30, 4))}),
         "Batch leaf ['x'] has 30 examples, which do not divide by 8 data shards; pad to 32 with jaxpar.pad_batch, or "
@@ -964,7 +965,7 @@ ARGUMENTS = {
         lambda: pmap().compile(lambda state, batch: (state + batch["x"].sum(), {}))(
             jax.device_put(np.float32(0), NamedSharding(pmap().mesh, P())), pmap().shard_batch({"x": np.arange(8.0)})
         ),
-        ["differs among the 8 devices", "lacks a reduction", "jax.lax.pmean(x, 'data')"],
+        ["differs among the 8 devices", "reduce it", "jax.lax.pmean(x, 'data')"],
     ),
 }
 

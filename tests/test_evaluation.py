@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from flax.core import FrozenDict
 
 import jaxpar
 from jaxpar import Weighted, evaluate, make_eval_step
@@ -136,6 +137,16 @@ def test_a_data_set_that_weighs_nothing_has_the_mean_zero(kind):
     data = {"x": DATA["x"][:16], "w": np.zeros(16, "float32")}
     step = make_eval_step(FUNCTIONS["weighted sums"][0], strategy)
     assert evaluate(step, start(strategy), [data]) == 0.0
+
+
+def test_a_batch_of_any_mapping_keeps_its_weights():
+    strategy = STRATEGIES["data"]()
+    state, evaluate_of = (
+        start(strategy),
+        lambda batch: evaluate(make_eval_step(lambda model, batch, rng: batch["x"].mean(-1), strategy), state, [batch]),
+    )
+    padded = jaxpar.pad_batch({"x": np.arange(1.0, 11.0)[:, None] * np.ones(4)}, 16)
+    assert evaluate_of(padded) == evaluate_of(FrozenDict(padded)) == 5.5
 
 
 def test_batches_may_be_a_generator():

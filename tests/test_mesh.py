@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 from models import DEVICES, make_batches, make_task
 
 import jaxpar
-from jaxpar.mesh import axis_sizes, check_mesh, nearest
+from jaxpar.mesh import check_mesh, count_shards, nearest
 
 # Arguments, and the axes with their sizes that the mesh has on 8 devices, in order.
 MESHES = [
@@ -75,8 +75,8 @@ def test_a_hand_made_mesh_in_order_is_as_good():
     ("axes", "expected"),
     [((), 1), (("data",), 2), (("model",), 4), (("fsdp",), 1), (("data", "fsdp", "model"), 8)],
 )
-def test_axis_sizes_multiply_what_the_mesh_has(axes, expected):
-    assert axis_sizes(jaxpar.make_mesh(data=2, model=4), axes) == expected
+def test_shards_are_counted_over_the_axes_that_the_mesh_has(axes, expected):
+    assert count_shards(jaxpar.make_mesh(data=2, model=4), axes) == expected
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,10 @@ def test_the_rules_that_gave_a_dim_are_told():
     assert matched([("up", P("data"))], [(".*", None)], [("kernel$", P(None, "model"))]).rule == "up + kernel$"
 
 
-def test_a_reason_is_dropped_once_a_later_list_splits_the_leaf():
+def test_each_reason_is_kept_though_another_list_splits_the_leaf():
     assert matched([("up", give("odd"))]).note == "odd"
-    assert matched([("up", give("odd"))], [("up", P("data"))]).note == ""
+    assert matched([("up", give("odd"))], [("up", P("data"))]).note == "odd"
+    assert matched([("up", give("odd"))], [("up", give("small"))]).note == "odd; small"
 
 
 def test_an_annotation_comes_before_every_list():

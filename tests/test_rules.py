@@ -98,6 +98,10 @@ def tree_of(shapes):
     return {"params": tree}
 
 
+def specs_of_shapes(shapes, mesh, *rules):
+    return specs_of(tree_of(shapes), mesh, *rules)
+
+
 def specs_of(tree, mesh, *rules):
     """Returns each leaf's spec, trailing None left out, by its path under `params`; None for a whole one."""
     layout = layout_state(tree, rules, jaxpar.make_mesh(**MESHES[mesh]))
@@ -197,6 +201,27 @@ def test_a_leaf_of_the_experts_without_their_dim_is_reported():
     (row,) = layout.left_whole
     assert row.path == "params/experts/router/kernel"
     assert row.note == "whole over 'expert': the shape (32, 8) of a kernel has no dim of experts"
+
+
+def test_fsdp_leaves_the_layers_of_leaves_that_it_does_not_know_alone():
+    shapes = {
+        "blocks/up/kernel": (16, W, H),
+        "blocks/up/lora_a": (16, W, 8),
+        "blocks/mixer/decay": (16, 10),
+        "blocks/attn/query/kernel": (16, W, HEADS, D),
+        "blocks/attn/query/bias": (16, HEADS, D),
+        "blocks/attn/out/kernel": (16, HEADS, D, W),
+        "blocks/attn/sink": (16, HEADS),
+        "other/table": (16, 10),
+        "lone/gate": (64, 16),
+        "lone/kernel": (W, W),
+    }
+    found = specs_of_shapes(shapes, "fsdp", FSDP)
+    assert found["blocks/up/lora_a"] == P(None, "fsdp")
+    assert found["blocks/mixer/decay"] is None
+    assert found["blocks/attn/sink"] == P(None, "fsdp")
+    assert found["other/table"] == P("fsdp")
+    assert found["lone/gate"] == P("fsdp")
 
 
 def test_what_a_heuristic_leaves_whole_is_reported_with_the_reason():
