@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from jaxpar import testing as testing
     from jaxpar.batch import BatchError as BatchError
     from jaxpar.batch import pad_batch as pad_batch
+    from jaxpar.context import ContextError as ContextError
+    from jaxpar.context import ring_attention as ring_attention
+    from jaxpar.context import split_sequence as split_sequence
+    from jaxpar.context import ulysses_attention as ulysses_attention
+    from jaxpar.context import zigzag as zigzag
+    from jaxpar.context import zigzag_order as zigzag_order
     from jaxpar.data_parallel import data_parallel as data_parallel
     from jaxpar.evaluation import evaluate as evaluate
     from jaxpar.evaluation import make_eval_step as make_eval_step
@@ -47,6 +53,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "batch": ("BatchError", "pad_batch"),
+    "context": ("ContextError", "ring_attention", "split_sequence", "ulysses_attention", "zigzag", "zigzag_order"),
     "data_parallel": ("data_parallel",),
     "evaluation": ("evaluate", "make_eval_step"),
     "layout": ("Layout", "LayoutRow"),

@@ -12,7 +12,7 @@ import pytest
 from flax import linen, nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from models import DEVICES, STRATEGIES, make_batches, make_task, start
+from models import DEVICES, STRATEGIES, make_batches, make_task, start, sub_mesh
 
 import jaxpar
 from jaxpar.state import named_leaves
@@ -168,8 +168,11 @@ def test_microbatches_reduce_over_data_outside_their_loop_beside_a_model_axis():
     assert set(inside) == {"all-reduce"}
 
 
-def test_microbatches_gather_split_weights_and_reduce_their_gradients_in_the_loop():
-    _, state, step = start("fsdp", make_task("linen_mlp"), num_microbatches=4)
+@pytest.mark.parametrize("axis", ["fsdp", "data"])
+def test_microbatches_gather_split_weights_and_reduce_their_gradients_in_the_loop(axis):
+    task, strategy = make_task("linen_mlp"), jaxpar.sharded(sub_mesh(**{axis: DEVICES}), jaxpar.rules.fsdp(axis=axis))
+    state = strategy.abstract_state(task.init_fn)
+    step = jaxpar.make_train_step(task.loss_fn, strategy, num_microbatches=4)
     lowered = step.lower(state, make_batches("mlp", 1, rows=4096)[0])
     # XLA on CPU drops the barrier that keeps them there, and would move the gathers out by this pass.
     text = lowered.compile(compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}).as_text()

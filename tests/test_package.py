@@ -18,6 +18,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in 
 PUBLIC = [
     "AXES",
     "BatchError",
+    "ContextError",
     "DriftError",
     "EXPERT",
     "FSDP",
@@ -47,11 +48,16 @@ PUBLIC = [
     "make_train_step",
     "megatron",
     "pad_batch",
+    "ring_attention",
     "rules",
     "sharded",
+    "split_sequence",
     "stages",
     "testing",
+    "ulysses_attention",
     "zero1",
+    "zigzag",
+    "zigzag_order",
 ]
 # The modules of the core, each importing only those before it; an engine is what knows jit over a mesh, or pmap.
 CORE = [
