@@ -95,7 +95,7 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
         abstract_batch,
         lower,
         prepare,
-        manual_axes=lambda layout, num_microbatches: (axis_name,),
+        manual_axes=lambda layout, accumulates: (axis_name,),
         run_shards=lambda fn, axes, batch: fn,
         constrain=lambda array, spec: array,
         example_dims=2,

@@ -107,7 +107,7 @@ def make_eval_step(
         if not isinstance(state, TrainState):
             raise StateError(f"The state is a {type(state).__name__}; the eval step takes a jaxpar.TrainState.")
         layout = strategy.layout(state)
-        axes = strategy.engine.manual_axes(layout, 1)
+        axes = strategy.engine.manual_axes(layout, False)
 
         def sum_shard(state: TrainState, batch: Any) -> tuple[list[Any], list[Any], _Shape]:
             device = (jax.lax.axis_index(axes),) if axes else ()

@@ -89,11 +89,11 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
             batch_shardings(batch),
         )
 
-    def manual_axes(layout: Layout, num_microbatches: int) -> tuple[str, ...]:
+    def manual_axes(layout: Layout, accumulates: bool) -> tuple[str, ...]:
         splits = {axis for row in layout.rows if row.path.startswith("params/") for axis in axes_of(row.spec)}
         # An axis that splits parameters stays the compiler's: made manual, it would gather every weight whole at entry.
         # So do fsdp and expert even where they split none: a model's own reductions name the data axis alone.
-        is_manual = num_microbatches > 1 and mesh.shape.get(AXIS_NAME, 1) > 1 and AXIS_NAME not in splits
+        is_manual = accumulates and mesh.shape.get(AXIS_NAME, 1) > 1 and AXIS_NAME not in splits
         return (AXIS_NAME,) if is_manual else ()
 
     def run_shards(fn: Callable, axes: tuple[str, ...], batch: Any) -> Callable:

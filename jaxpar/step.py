@@ -38,8 +38,8 @@ class Engine(NamedTuple):
       abstract_batch: a read and checked batch -> the shapes and shardings that `put_batch` would give.
       lower: `(fn, state, batch, carries_state, compiler_options)` -> `jax.stages.Lowered`.
       prepare: the same -> the callable that runs it.
-      manual_axes: `(layout, num_microbatches)` -> the axes over which a step must reduce what it sums, since it sees
-        one shard of them; none where the compiler reduces.
+      manual_axes: `(layout, accumulates)` -> the axes over which a step must reduce what it sums, since it sees one
+        shard of them; none where the compiler reduces. `accumulates` tells whether the batch is cut into parts.
       run_shards: `(fn, manual axes, batch)` -> `fn(carry, batch)` as each of those shards runs it.
       constrain: `(array, spec)` -> the array, kept so inside a step.
       example_dims: how many leading dims of a placed leaf hold its examples: 1, or 2 as (shards, rows of one).
@@ -50,7 +50,7 @@ class Engine(NamedTuple):
     abstract_batch: Callable[[Any], Any]
     lower: Callable[..., Any]
     prepare: Callable[..., StepFn]
-    manual_axes: Callable[[Layout, int], tuple[str, ...]]
+    manual_axes: Callable[[Layout, bool], tuple[str, ...]]
     run_shards: Callable[[Callable, tuple[str, ...], Any], Callable]
     constrain: Callable[[Any, PartitionSpec], Any]
     example_dims: int = 1

@@ -182,6 +182,19 @@ class Strategy:
         """
         return Step(self, step, compiler_options=compiler_options)
 
+    def train_axes(self, layout: Layout, num_microbatches: int) -> tuple[str, ...]:
+        """Returns the axes over which a train step sees one shard, and sums gradients once, at its end.
+
+        A pipeline cuts the batch too: over axes left to the compiler, gradients would be summed in each of its ticks.
+
+        >>> import jaxpar, optax
+        >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+        >>> layout = strategy.layout(jaxpar.TrainState.create(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), optax.sgd(0.1)))
+        >>> strategy.train_axes(layout, 1), strategy.train_axes(layout, 4)
+        ((), ('data',))
+        """
+        return self.engine.manual_axes(layout, num_microbatches > 1 or self.mesh.shape.get("stage", 1) > 1)
+
     def _layout_of(self, state: Any, made_whole: list[str | None] | None = None) -> Layout:
         if not isinstance(state, TrainState):
             raise StateError(

@@ -220,7 +220,7 @@ def _compare(case: _Case, dtype: str) -> tuple[Run, tuple[str, ...]]:
 def _view_of(case: _Case, state: TrainState, batch: Any) -> View:
     """What of the batch one call of the model sees under the strategy."""
     strategy = case.strategy
-    axes = strategy.engine.manual_axes(strategy.layout(state), case.num_microbatches)
+    axes = strategy.train_axes(strategy.layout(state), case.num_microbatches)
     paths = [match_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
     return View(
         shards=tuple((axis, strategy.mesh.shape[axis]) for axis in axes),

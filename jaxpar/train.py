@@ -75,7 +75,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         _check_state(state, compute_dtype)
         layout = strategy.layout(state)
-        axes = strategy.engine.manual_axes(layout, num_microbatches)
+        axes = strategy.train_axes(layout, num_microbatches)
         plan = _Plan(loss_fn, strategy, layout, state.static, axes, num_microbatches, compute_dtype)
         carry = _Carry(
             *split_params(state.params, state.static.frozen),

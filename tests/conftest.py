@@ -1,13 +1,6 @@
-"""Fixtures that several test files share."""
+"""What every test file shares."""
 
 import jax
-import pytest
 
-
-@pytest.fixture
-def quick_compiles():
-    """Leaves out LLVM's own optimizations, half of a test's time; XLA's passes, the partitioner's too, all run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# LLVM's own optimizations are half of a test's time; XLA's passes, the partitioner's too, all run.
+jax.config.update("jax_disable_most_optimizations", True)

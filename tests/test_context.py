@@ -21,7 +21,6 @@ from jaxpar import context
 from jaxpar.context import ContextError, ring_attention, split_sequence, ulysses_attention, zigzag, zigzag_order
 from jaxpar.testing import assert_trains_like_one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 ATTENTIONS = {"ring": ring_attention, "ulysses": ulysses_attention}
 BATCH, HEAD_SIZE = 2, 4
 

@@ -15,7 +15,6 @@ from models import DEVICES, ROWS, STRATEGIES, init_once, make_batches, make_task
 import jaxpar
 from jaxpar.state import named_leaves
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 every_strategy = pytest.mark.parametrize("kind", STRATEGIES)
 SGD = optax.sgd(0.5)
 CLIPPED = optax.chain(optax.clip_by_global_norm(1e-2), optax.sgd(1.0))

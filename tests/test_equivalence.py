@@ -13,7 +13,6 @@ from models import MODELS, STRATEGIES, make_task
 import jaxpar
 from jaxpar.testing import assert_trains_like_one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 DEVICE_COUNTS = (8, 4, 2, 1)
 
 

@@ -18,7 +18,6 @@ import jaxpar
 from jaxpar.rules import megatron
 from jaxpar.testing import assert_trains_like_one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 ROWS, STEPS = 16, 3
 
 

@@ -12,7 +12,6 @@ from models import DEVICES, ROWS, STRATEGIES, init_once, make_batches, make_task
 
 import jaxpar
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 every_strategy = pytest.mark.parametrize("kind", STRATEGIES)
 SAME_EVERYWHERE = [kind for kind in STRATEGIES if kind != "pmap"]
 

@@ -1,0 +1,121 @@
+"""Pipeline parallelism: a stack of layers split over the `stage` axis, through which microbatches flow (GPipe).
+
+One program runs on every device of the axis. What a stage gives goes to the next one by `lax.ppermute`, and what it has
+nothing to do in, `lax.cond` leaves out.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxpar.mesh import island_size
+from jaxpar.stack import (
+    STAGE,
+    as_part,
+    check_layers,
+    check_microbatches,
+    count_rows,
+    has_keys,
+    run_layers,
+    send,
+    take_rows,
+)
+
+
+def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
+    """Returns `x` after each of a stack of equal layers, which the mesh axis `stage` splits: GPipe.
+
+    Each device runs its layers on one microbatch after the other (Huang et al. 2018,
+    https://arxiv.org/abs/1811.06965), and keeps of each but its input for the backward pass. Without a `stage` axis it
+    is a scan over the layers, that takes the same microbatches where the layers draw random numbers, so that dropout is
+    the same on every mesh.
+
+    Args:
+      blocks: the stack, each leaf with a leading dim of layers: an nnx module as `nnx.vmap` makes it, called as
+        `block(x, *more)`, or a pair `(fn, params)`, called as `fn(layer_params, x, *more)`. Random keys among the
+        leaves have the microbatch folded in. `jaxpar.PIPELINE` splits what is named `blocks` or `layers`.
+      x: a pytree of arrays, their rows in dim 0; the layers give it back with its shapes and dtypes.
+      *more: further arguments that every layer gets whole, for all rows: positions, a mask.
+      stage_microbatches: into how many parts to cut the rows, at least as many as there are stages; part m is rows
+        m::n. The part (stages - 1) / (n + stages - 1) of the time is idle.
+
+    Raises:
+      PipelineError: layers that don't divide by the stages, rows that don't by the microbatches, fewer microbatches
+        than stages, a layer that changes the shape of `x` or variables of its own.
+
+    >>> import jaxpar
+    >>> params = jnp.stack([jnp.eye(3) * 2] * 4)
+    >>> with jax.set_mesh(jaxpar.make_mesh(data=2, stage=4)):
+    ...     jax.jit(lambda x: pipeline((lambda w, x: x @ w, params), x, stage_microbatches=4))(jnp.ones((8, 3)))[0]
+    Array([16., 16., 16.], dtype=float32)
+    """
+    stages = island_size(STAGE)
+    run = as_part(blocks)
+    rows = count_rows(x, "x")
+    check_layers(run, x, more, stages)
+    check_microbatches(stage_microbatches, rows, stages)
+    if stages == 1 and not has_keys((run.leaves, more)):
+        return run_layers(run.fn, run.leaves, x, more, 0)
+    if stages == 1:
+        parts = jax.tree.map(lambda leaf: _split(leaf, stage_microbatches), x)
+        run_part = lambda part: run_layers(run.fn, run.leaves, part[1], more, part[0])
+        return jax.tree.map(_join, lax.map(run_part, (jnp.arange(stage_microbatches), parts)))
+
+    def run_stages(leaves: Any, x: Any, more: Any) -> Any:
+        return _gpipe(_Flow(run.fn, stages, stage_microbatches), leaves, x, more)
+
+    stacked = jax.shard_map(
+        run_stages,
+        in_specs=(PartitionSpec(STAGE), PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(STAGE),
+        axis_names={STAGE},
+        check_vma=False,
+    )(run.leaves, x, more)
+    # What the last stage has; the others' is zeros.
+    return jax.tree.map(lambda leaf: leaf[-1], stacked)
+
+
+class _Flow(NamedTuple):
+    """What of a pipeline is fixed when it is traced."""
+
+    fn: Callable[..., Any]
+    stages: int
+    microbatches: int
+
+
+def _gpipe(flow: _Flow, leaves: Any, x: Any, more: Any) -> Any:
+    """What this stage gives on each microbatch, with a leading dim for the stage: zeros but at the last one."""
+    stage, count = lax.axis_index(STAGE), flow.microbatches
+    run = jax.checkpoint(functools.partial(run_layers, flow.fn))
+
+    def tick(carry: Any, time: Any) -> Any:
+        x_before, out = carry
+        number = time - stage
+        x_here = jax.tree.map(lambda own, sent: jnp.where(stage == 0, take_rows(own, count, time), sent), x, x_before)
+        active = (number >= 0) & (number < count)
+        y = lax.cond(active, lambda x: run(leaves, x, more, number), lambda x: x, x_here)
+        ends = active & (stage == flow.stages - 1)
+        out = jax.tree.map(lambda o, part: lax.cond(ends, _put, lambda o, *_: o, o, part, number), out, y)
+        return (send(y, flow.stages), out), None
+
+    empty = jax.tree.map(lambda leaf: jnp.zeros_like(take_rows(leaf, count, 0)), x)
+    outs = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), empty)
+    (_, outs), _ = lax.scan(tick, (empty, outs), jnp.arange(count + flow.stages - 1))
+    return jax.tree.map(lambda leaf: _join(leaf)[None], outs)
+
+
+def _put(parts: jax.Array, part: jax.Array, number: Any) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(parts, part, number, 0)
+
+
+def _split(leaf: jax.Array, count: int) -> jax.Array:
+    return jnp.moveaxis(jnp.reshape(leaf, (-1, count, *leaf.shape[1:])), 1, 0)
+
+
+def _join(parts: jax.Array) -> jax.Array:
+    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])

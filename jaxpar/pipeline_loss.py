@@ -1,0 +1,279 @@
+"""A pipeline with embedding, head and loss: 1F1B, whose backward pass runs beside its forward pass."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxpar.loss import Weighted
+from jaxpar.mesh import island_size
+from jaxpar.schedule import SCHEDULES
+from jaxpar.stack import (
+    STAGE,
+    PipelineError,
+    as_part,
+    check_layers,
+    check_microbatches,
+    count_rows,
+    join_floats,
+    run_layers,
+    send,
+    split_floats,
+    take_microbatch,
+)
+
+
+def pipeline_loss(
+    first: Any,
+    blocks: Any,
+    last: Any,
+    batch: Any,
+    *,
+    stage_microbatches: int,
+    schedule: str = "1f1b",
+) -> tuple[Weighted, dict[str, Any]]:
+    """Returns `(loss, metrics)` of a whole model over stages, each `Weighted`, as a loss function gives them.
+
+    The embedding runs at the first stage alone, head and loss at the last one. Under `"1f1b"` (Narayanan et al. 2021,
+    https://arxiv.org/abs/2104.04473) a microbatch goes back as soon as it has come through: gradients are computed
+    beside the loss, and memory doesn't grow with the number of microbatches. `"gpipe"` is JAX's own backward pass over
+    all of them. Without a `stage` axis, microbatches run one after the other.
+
+    Args:
+      first: what makes the first layer's input of a microbatch: an nnx module called as `first(batch)`, or a pair
+        `(fn, params)` called as `fn(params, batch)`; `params` may hold nnx modules.
+      blocks: the stack of layers, as for `pipeline`.
+      last: what makes the loss: `last(x, batch)`, or `fn(params, x, batch)`. It gives the loss or `(loss, metrics)`,
+        means over the microbatch's rows, or `Weighted`. A table that `first` has too (tied) gets both gradients.
+      batch: a pytree of arrays, their rows in dim 0; scalars are whole for each microbatch. It gets no gradient.
+      stage_microbatches: into how many parts to cut the rows, at least as many as there are stages.
+      schedule: `"1f1b"` or `"gpipe"`.
+
+    Raises:
+      PipelineError: as `pipeline` does; an unknown schedule.
+
+    >>> import jaxpar
+    >>> embed, head = jnp.eye(4), jnp.ones((4, 1))
+    >>> def loss_fn(layers):
+    ...     first = (lambda table, batch: table[batch["x"]], embed)
+    ...     last = (lambda w, x, batch: ((x @ w) ** 2).mean(), head)
+    ...     loss, _ = pipeline_loss(first, (lambda w, x: x @ w, layers), last, batch, stage_microbatches=4)
+    ...     return loss.total / loss.weight
+    >>> layers, batch = jnp.stack([jnp.eye(4) * 2] * 4), {"x": jnp.arange(8) % 4}
+    >>> with jax.set_mesh(jaxpar.make_mesh(data=2, stage=4)):
+    ...     loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(layers)
+    >>> float(loss), gradient.shape
+    (256.0, (4, 4, 4))
+    """
+    if schedule not in SCHEDULES:
+        raise PipelineError(f"schedule is {schedule!r}; give one of {', '.join(map(repr, SCHEDULES))}.")
+    stages = island_size(STAGE)
+    parts = tuple(map(as_part, (first, blocks, last)))
+    rows = count_rows(batch, "batch")
+    check_microbatches(stage_microbatches, rows, stages)
+    leaves = tuple(part.leaves for part in parts)
+    x = jax.eval_shape(parts[0].fn, leaves[0], jax.eval_shape(lambda: take_microbatch(batch, stage_microbatches, 0)), 0)
+    check_layers(parts[1], x, (), stages)
+    flow = _LossFlow(tuple(part.fn for part in parts), stages, stage_microbatches)
+    if stages == 1:
+        return _accumulate(flow, leaves, batch)
+    floats, others = zip(*map(split_floats, leaves), strict=True)
+    run = _sum_1f1b if schedule == "1f1b" else _sum_forward
+    return run(flow, floats, others, batch)
+
+
+class _LossFlow(NamedTuple):
+    """What of a pipeline with its loss is fixed when it is traced: the functions of embedding, one layer, head."""
+
+    fns: tuple[Callable[..., Any], ...]
+    stages: int
+    microbatches: int
+
+
+def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Weighted, dict[str, Any]]:
+    """The sums of loss and metrics; JAX's own backward pass over it is GPipe's."""
+
+    def shard(floats: Any, others: Any, batch: Any) -> Any:
+        stage, run = lax.axis_index(STAGE), _bind(flow, others)
+        x_zero, sums_zero = run.zeros(floats, batch)
+
+        @jax.checkpoint
+        def forward(floats: Any, x: Any, number: Any) -> Any:
+            rows = take_microbatch(batch, flow.microbatches, number)
+            x = lax.cond(stage == 0, lambda x: run.first(floats[0], rows, number), lambda x: x, x)
+            y = run.layers(floats[1], x, number)
+            end = lambda y: run.sums(floats[2], y, rows, number)
+            return y, lax.cond(stage == flow.stages - 1, end, lambda y: sums_zero, y)
+
+        def tick(carry: Any, time: Any) -> Any:
+            x, sums = carry
+            number = time - stage
+            active = (number >= 0) & (number < flow.microbatches)
+            y, more = lax.cond(active, forward, lambda floats, x, number: (x, sums_zero), floats, x, number)
+            return (send(y, flow.stages), jax.tree.map(jnp.add, sums, more)), None
+
+        (_, sums), _ = lax.scan(tick, (x_zero, sums_zero), jnp.arange(flow.microbatches + flow.stages - 1))
+        return lax.psum(sums, STAGE)
+
+    return _over_stages(shard, PartitionSpec())(floats, others, batch)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_1f1b(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Weighted, dict[str, Any]]:
+    """The sums of loss and metrics; where they are differentiated, its rules below compute both at once."""
+    return _sum_forward(flow, floats, others, batch)
+
+
+def _sum_and_gradients(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Any, Any]:
+    """The sums, and the gradients of the loss's total: stage i goes back over m at tick m + 2 x stages - 1 - i."""
+    specs = (PartitionSpec(), PartitionSpec(STAGE), PartitionSpec())
+    shard = functools.partial(_one_forward_one_backward, flow)
+    return _over_stages(shard, (PartitionSpec(), specs))(floats, others, batch)
+
+
+def _one_forward_one_backward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Any, Any]:
+    stage, last, depth = lax.axis_index(STAGE), flow.stages - 1, 2 * flow.stages
+    run, count = _bind(flow, others), flow.microbatches
+    x_zero, sums_zero = run.zeros(floats, batch)
+    wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+
+    def forward(x: Any, number: Any) -> tuple[Any, Any]:
+        """This stage's input, and its output but at the last stage, whose backward half computes it."""
+        make = lambda x: run.first(floats[0], take_microbatch(batch, count, number), number)
+        x = lax.cond(stage == 0, make, lambda x: x, x)
+        return x, lax.cond(stage == last, lambda x: x, lambda x: run.layers(floats[1], x, number), x)
+
+    def backward(x: Any, pull: Any, number: Any) -> tuple[Any, Any, Any]:
+        """The pull on this stage's input, the gradients of its parameters, and at the last stage the sums."""
+        rows = take_microbatch(batch, count, number)
+
+        def through_head(x: Any, pull: Any) -> Any:
+            del pull
+
+            def total(layers: Any, head: Any, x: Any) -> Any:
+                sums = run.sums(head, run.layers(layers, x, number), rows, number)
+                return sums[0].total, sums
+
+            grads, sums = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(floats[1], floats[2], x)
+            return *grads, sums
+
+        def through_layers(x: Any, pull: Any) -> Any:
+            _, back = jax.vjp(lambda layers, x: run.layers(layers, x, number), floats[1], x)
+            layers, pull = back(pull)
+            return layers, jax.tree.map(jnp.zeros_like, floats[2]), pull, sums_zero
+
+        layers, head, pull, sums = lax.cond(stage == last, through_head, through_layers, x, pull)
+
+        def through_first(pull: Any) -> Any:
+            return jax.vjp(lambda leaves: run.first(leaves, rows, number), floats[0])[1](pull)[0]
+
+        first = lax.cond(stage == 0, through_first, lambda pull: jax.tree.map(jnp.zeros_like, floats[0]), pull)
+        return pull, (first, layers, head), sums
+
+    def tick(carry: Any, time: Any) -> Any:
+        x, pull, kept, gradients, sums = carry
+        number = time - stage
+        active = (number >= 0) & (number < count)
+        x, y = lax.cond(active, forward, lambda x, number: (x, x), x, number)
+        keep = lambda slots, x: lax.dynamic_update_index_in_dim(slots, x, number % depth, 0)
+        kept = lax.cond(active, lambda kept, x: jax.tree.map(keep, kept, x), lambda kept, x: kept, kept, x)
+        number = time - (2 * flow.stages - 1 - stage)
+        active = (number >= 0) & (number < count)
+        x = jax.tree.map(lambda slots: lax.dynamic_index_in_dim(slots, number % depth, 0, keepdims=False), kept)
+        nothing = lambda x, pull, number: (pull, jax.tree.map(jnp.zeros_like, floats), sums_zero)
+        pull, more, more_sums = lax.cond(active, backward, nothing, x, pull, number)
+        gradients = jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, more)
+        sums = jax.tree.map(jnp.add, sums, more_sums)
+        return (send(y, flow.stages), send(pull, flow.stages, back=True), kept, gradients, sums), None
+
+    kept = jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), x_zero)
+    carry = (x_zero, x_zero, kept, jax.tree.map(wide, floats), sums_zero)
+    (*_, gradients, sums), _ = lax.scan(tick, carry, jnp.arange(count + 2 * flow.stages - 1))
+    first, layers, head = gradients
+    sums, first, head = lax.psum((sums, first, head), STAGE)
+    return sums, (first, layers, head)
+
+
+def _sum_1f1b_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Any, Any]:
+    sums, gradients = _sum_and_gradients(flow, floats, others, batch)
+    return sums, (gradients, jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), floats))
+
+
+def _sum_1f1b_backward(flow: _LossFlow, saved: Any, pulls: Any) -> tuple[Any, None, None]:
+    gradients, likes = saved
+    scale = pulls[0].total
+    return jax.tree.map(lambda leaf, like: (leaf * scale).astype(like.dtype), gradients, likes), None, None
+
+
+_sum_1f1b.defvjp(_sum_1f1b_forward, _sum_1f1b_backward)
+
+
+def _accumulate(flow: _LossFlow, leaves: Any, batch: Any) -> tuple[Weighted, dict[str, Any]]:
+    """The same without stages: one microbatch after the other."""
+    first, layer, last = flow.fns
+
+    @jax.checkpoint
+    def one(leaves: Any, number: Any) -> Any:
+        rows = take_microbatch(batch, flow.microbatches, number)
+        x = run_layers(layer, leaves[1], first(leaves[0], rows, number), (), number)
+        return _as_sums(last(leaves[2], x, rows, number), count_rows(rows, "batch"))
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, leaves, 0))
+    add = lambda sums, number: (jax.tree.map(jnp.add, sums, one(leaves, number)), None)
+    return lax.scan(add, zeros, jnp.arange(flow.microbatches))[0]
+
+
+class _Bound(NamedTuple):
+    """The parts of a model of whose leaves the floating-point ones are still to be given; zeros of what they make."""
+
+    first: Callable[..., Any]
+    layers: Callable[..., Any]
+    sums: Callable[..., Any]
+    zeros: Callable[..., Any]
+
+
+def _bind(flow: _LossFlow, others: Any) -> _Bound:
+    first_fn, layer_fn, last_fn = flow.fns
+
+    def first(floats: Any, rows: Any, number: Any) -> Any:
+        return first_fn(join_floats(floats, others[0]), rows, number)
+
+    def layers(floats: Any, x: Any, number: Any) -> Any:
+        return run_layers(layer_fn, join_floats(floats, others[1]), x, (), number)
+
+    def sums(floats: Any, x: Any, rows: Any, number: Any) -> Any:
+        return _as_sums(last_fn(join_floats(floats, others[2]), x, rows, number), count_rows(rows, "batch"))
+
+    def zeros(floats: Any, batch: Any) -> tuple[Any, Any]:
+        rows = take_microbatch(batch, flow.microbatches, 0)
+        x = jax.eval_shape(first, floats[0], rows, 0)
+        shapes = x, jax.eval_shape(sums, floats[2], x, rows, 0)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    return _Bound(first, layers, sums, zeros)
+
+
+def _over_stages(fn: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+    """`fn(floats, others, batch)` with the layers split over the stages, and all else whole at each."""
+    part_specs = (PartitionSpec(), PartitionSpec(STAGE), PartitionSpec())
+    in_specs = (part_specs, part_specs, PartitionSpec())
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False)
+
+
+def _as_sums(result: Any, rows: int) -> tuple[Weighted, dict[str, Any]]:
+    """A loss and metrics as sums over a microbatch's rows."""
+    loss, metrics = result if isinstance(result, tuple) else (result, {})
+
+    def sum_up(value: Any) -> Weighted:
+        wide = lambda x: jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+        if isinstance(value, Weighted):
+            return Weighted(wide(value.total).sum(), wide(value.weight).sum())
+        mean = wide(value).mean()
+        return Weighted(mean * rows, jnp.full((), rows, mean.dtype))
+
+    is_weighted = lambda node: isinstance(node, Weighted)
+    return sum_up(loss), jax.tree.map(sum_up, dict(metrics), is_leaf=is_weighted)

@@ -1,0 +1,154 @@
+"""Stacks of layers as functions of plain leaves, and microbatches of rows: what a pipeline is made of."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jaxpar.state import is_key
+
+STAGE = "stage"
+
+
+class PipelineError(ValueError):
+    """Layers, rows or microbatches that can't be laid out over stages: the message gives both numbers."""
+
+
+class Part(NamedTuple):
+    """A part of a model: `fn(leaves, *args, microbatch)`, and its leaves."""
+
+    fn: Callable[..., Any]
+    leaves: list[Any]
+
+
+def as_part(part: Any) -> Part:
+    """Returns an nnx module, or a function and its parameters, as a function of plain leaves."""
+    fn, node = part if isinstance(part, tuple) and len(part) == 2 else (None, part)
+    if (fn is None and not isinstance(node, nnx.Module)) or not (fn is None or callable(fn)):
+        raise PipelineError(f"A part of the model is a {type(part).__name__}; give an nnx module, or (fn, params).")
+    is_module = lambda leaf: isinstance(leaf, nnx.Module)
+    if not any(map(is_module, jax.tree.leaves(node, is_leaf=is_module))):
+        leaves, treedef = jax.tree.flatten(node)
+
+        def call(leaves: Any, *args: Any) -> Any:
+            *args, number = args
+            return fn(jax.tree.unflatten(treedef, _fold_keys(leaves, number)), *args)
+
+        return Part(call, leaves)
+    graphdef, state = nnx.split(node)
+    leaves, treedef = jax.tree.flatten(state)
+
+    def call_nnx(leaves: Any, *args: Any) -> Any:
+        *args, number = args
+        # copy=True: without it counters keep the trace in which they were made.
+        state = jax.tree.unflatten(treedef, _fold_keys(leaves, number))
+        merged = nnx.merge(graphdef, state, copy=True)
+        out = merged(*args) if fn is None else fn(merged, *args)
+        _check_unchanged(state, nnx.state(merged))
+        return out
+
+    return Part(call_nnx, leaves)
+
+
+def run_layers(fn: Callable[..., Any], leaves: Any, x: Any, more: Any, number: Any) -> Any:
+    """Returns `x` after each layer of the stacked leaves in turn."""
+    return lax.scan(lambda x, layer: (fn(layer, x, *more, number), None), x, leaves)[0]
+
+
+def send(tree: Any, stages: int, *, back: bool = False) -> Any:
+    """Returns what the stage before this one has, or the one after it if `back`; zeros where there is none."""
+    pairs = [(i + 1, i) if back else (i, i + 1) for i in range(stages - 1)]
+    return lax.ppermute(tree, STAGE, pairs)
+
+
+def take_microbatch(batch: Any, count: int, number: Any) -> Any:
+    """Returns microbatch `number` of `count` of a batch; scalars are whole for each."""
+    return jax.tree.map(lambda leaf: take_rows(leaf, count, number) if np.ndim(leaf) else leaf, batch)
+
+
+def take_rows(leaf: Any, count: int, number: Any) -> jax.Array:
+    """Returns rows m::n of an array, so that no row moves from one shard of the data to another."""
+    parts = jnp.reshape(leaf, (-1, count, *np.shape(leaf)[1:]))
+    return lax.dynamic_index_in_dim(parts, jnp.clip(number, 0, count - 1), 1, keepdims=False)
+
+
+def has_keys(tree: Any) -> bool:
+    """Returns whether a pytree holds typed random keys."""
+    return any(map(is_key, jax.tree.leaves(tree)))
+
+
+def split_floats(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Returns the leaves that have a gradient and the others, each with None in the others' places."""
+    is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) if not is_key(leaf) else False for leaf in leaves]
+    return tuple(
+        [leaf if kept == wanted else None for leaf, kept in zip(leaves, is_float, strict=True)]
+        for wanted in (True, False)
+    )
+
+
+def join_floats(floats: list[Any], others: list[Any]) -> list[Any]:
+    """Returns the leaves whole again: the inverse of `split_floats`."""
+    return [other if leaf is None else leaf for leaf, other in zip(floats, others, strict=True)]
+
+
+def count_rows(tree: Any, name: str) -> int:
+    """Returns how many rows a pytree of arrays has, scalars left out; raises PipelineError where they differ."""
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf)]
+    counts = {shape[0] for shape in shapes}
+    if len(counts) != 1:
+        raise PipelineError(f"{name} has arrays of shapes {shapes}; give arrays with the same number of rows in dim 0.")
+    return counts.pop()
+
+
+def check_microbatches(count: Any, rows: int, stages: int) -> None:
+    """Raises PipelineError unless there are enough microbatches for the stages, and they divide the rows."""
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        raise PipelineError(f"stage_microbatches is {count!r}; give a whole number, 1 or more.")
+    if count < stages:
+        raise PipelineError(
+            f"stage_microbatches is {count}, but there are {stages} stages, some of which would always idle; give "
+            f"{stages} or more, better {4 * stages}."
+        )
+    if rows % count:
+        raise PipelineError(
+            f"{rows} rows do not divide by {count} stage microbatches; pad to {rows - rows % count + count} a shard of "
+            f"the data, or give a divisor of {rows}, as stage_microbatches={math.gcd(rows, int(count))}."
+        )
+
+
+def check_layers(run: Part, x: Any, more: Any, stages: int) -> None:
+    """Raises PipelineError unless a stack divides by the stages, and its layers keep the shape of `x`."""
+    shapes = [np.shape(leaf) for leaf in run.leaves]
+    counts = {shape[:1] for shape in shapes}
+    if len(counts) != 1 or counts == {()}:
+        raise PipelineError(
+            f"The blocks have leaves of shapes {shapes}; a stack's leaves share a leading dim of layers."
+        )
+    ((layers,),) = counts
+    if layers % stages:
+        raise PipelineError(f"{layers} layers do not divide by {stages} stages; give a multiple of {stages}.")
+    first = [jax.eval_shape(lambda leaf: leaf[0], leaf) for leaf in run.leaves]
+    given = jax.tree.map(lambda leaf: (np.shape(leaf), jnp.result_type(leaf)), x)
+    made = jax.eval_shape(lambda leaves, x, more: run.fn(leaves, x, *more, 0), first, x, more)
+    made = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
+    if made != given:
+        raise PipelineError(f"A layer turns x from {given} into {made}; the next one needs it as it was.")
+
+
+def _check_unchanged(before: Any, after: Any) -> None:
+    old = dict(nnx.to_flat_state(before))
+    for path, variable in nnx.to_flat_state(after):
+        if not isinstance(variable, nnx.RngState) and variable.get_value() is not old[path].get_value():
+            raise PipelineError(
+                f"{'/'.join(map(str, path))!r} changes while a layer runs, as BatchNorm's statistics do; a pipeline "
+                "has no order in which to change it. Use a norm without running statistics, as nnx.LayerNorm."
+            )
+
+
+def _fold_keys(leaves: list[Any], number: Any) -> list[Any]:
+    return [jax.random.fold_in(leaf, number) if is_key(leaf) else leaf for leaf in leaves]
