@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxpar import rules as rules
+    from jaxpar import schedule as schedule
     from jaxpar import testing as testing
     from jaxpar.batch import BatchError as BatchError
     from jaxpar.batch import pad_batch as pad_batch
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from jaxpar.data_parallel import data_parallel as data_parallel
     from jaxpar.evaluation import evaluate as evaluate
     from jaxpar.evaluation import make_eval_step as make_eval_step
+    from jaxpar.expert import ExpertError as ExpertError
+    from jaxpar.expert import ExpertKernels as ExpertKernels
+    from jaxpar.expert import MoE as MoE
+    from jaxpar.expert import MoELosses as MoELosses
+    from jaxpar.expert import mixture_of_experts as mixture_of_experts
     from jaxpar.layout import Layout as Layout
     from jaxpar.layout import LayoutRow as LayoutRow
     from jaxpar.loss import LossError as LossError
@@ -30,6 +36,8 @@ if TYPE_CHECKING:
     from jaxpar.partition import WHOLE as WHOLE
     from jaxpar.partition import Leaf as Leaf
     from jaxpar.partition import PartitionError as PartitionError
+    from jaxpar.pipeline import pipeline as pipeline
+    from jaxpar.pipeline_loss import pipeline_loss as pipeline_loss
     from jaxpar.rules import EXPERT as EXPERT
     from jaxpar.rules import FSDP as FSDP
     from jaxpar.rules import MEGATRON as MEGATRON
@@ -41,6 +49,7 @@ if TYPE_CHECKING:
     from jaxpar.rules import stages as stages
     from jaxpar.rules import zero1 as zero1
     from jaxpar.sharded import sharded as sharded
+    from jaxpar.stack import PipelineError as PipelineError
     from jaxpar.state import StateError as StateError
     from jaxpar.state import TrainState as TrainState
     from jaxpar.step import DriftError as DriftError
@@ -56,24 +65,28 @@ _HOME = {
     "context": ("ContextError", "ring_attention", "split_sequence", "ulysses_attention", "zigzag", "zigzag_order"),
     "data_parallel": ("data_parallel",),
     "evaluation": ("evaluate", "make_eval_step"),
+    "expert": ("ExpertError", "ExpertKernels", "MoE", "MoELosses", "mixture_of_experts"),
     "layout": ("Layout", "LayoutRow"),
     "loss": ("LossError", "Weighted"),
     "mesh": ("AXES", "MeshError", "fake_devices", "make_mesh"),
     "partition": ("WHOLE", "Leaf", "PartitionError"),
     "rules": ("EXPERT", "FSDP", "MEGATRON", "PIPELINE", "ZERO1", "experts", "fsdp", "megatron", "stages", "zero1"),
+    "pipeline": ("pipeline",),
+    "pipeline_loss": ("pipeline_loss",),
     "sharded": ("sharded",),
+    "stack": ("PipelineError",),
     "state": ("StateError", "TrainState"),
     "step": ("DriftError", "RecompileWarning", "Step"),
     "strategy": ("Strategy",),
     "train": ("make_train_step",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted([*_MODULE_OF, "rules", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_MODULE_OF, "rules", "schedule", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     # Names load on first use: the pytest plugin, which every pytest run in an environment imports, must not import JAX.
-    if name in ("rules", "testing"):
+    if name in ("rules", "schedule", "testing"):
         return importlib.import_module(f"jaxpar.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'jaxpar' has no attribute {name!r}")

@@ -155,6 +155,29 @@ def island_size(axis: str) -> int:
     return size
 
 
+def automatic_axes() -> tuple[str, ...]:
+    """Returns the mesh axes, of size 2 or more, over which an island could be manual where it is traced.
+
+    Those of the mesh that are the compiler's, come after every axis that is manual already, and whose names `jax.vmap`
+    hasn't taken, as the builder does for a model that reduces over `data`.
+
+    >>> with jax.set_mesh(make_mesh(data=2, model=4)):
+    ...     automatic_axes(), jax.vmap(lambda x: len(automatic_axes()), axis_name="data")(np.ones(3))
+    (('data', 'model'), Array([1, 1, 1], dtype=int32...))
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    first = 1 + max((AXES.index(axis) for axis in mesh.manual_axes if axis in AXES), default=-1)
+    return tuple(axis for axis in AXES[first:] if mesh.shape.get(axis, 1) > 1 and not _is_bound(axis))
+
+
+def _is_bound(axis: str) -> bool:
+    try:
+        jax.lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
+
+
 def fake_devices(count: int = 8) -> list[jax.Device]:
     """Returns `count` CPU devices, made up on this machine's one CPU: what tests and notebooks run a mesh on.
 

@@ -70,7 +70,7 @@ def jaxpar_mesh() -> Callable[..., Any]:
 
     from jaxpar.mesh import make_mesh
 
-    def make(spec: str | None = None, **sizes: int) -> Any:
+    def make(spec: str | None = None, **sizes: Any) -> Any:
         given = [*map(int, re.findall(r"=\s*(-?\d+)", spec or "")), *sizes.values()]
         needed = math.prod(size for size in given if size > 0)
         _need_devices(needed, f"a mesh of {spec or sizes}")

@@ -162,7 +162,17 @@ def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
 def _bind_axis_name(fn: Callable) -> Callable:
     """`fn` with the axis name that a model may reduce over bound, to an axis of size 1: it sees the whole batch."""
     bound = jax.vmap(fn, in_axes=None, out_axes=0, axis_name=AXIS_NAME, axis_size=1)
-    return lambda *args: jax.tree.map(lambda x: x[0], bound(*args))
+
+    def run(*args: Any) -> Any:
+        try:
+            # An island can be manual over a mesh axis only while its name isn't taken by vmap.
+            return fn(*args)
+        except NameError as error:
+            if f"unbound axis name: {AXIS_NAME}" not in str(error):
+                raise
+        return jax.tree.map(lambda x: x[0], bound(*args))
+
+    return run
 
 
 def _shardings(tree: Any) -> Any:

@@ -36,19 +36,17 @@ def as_part(part: Any) -> Part:
         leaves, treedef = jax.tree.flatten(node)
 
         def call(leaves: Any, *args: Any) -> Any:
-            *args, number = args
-            return fn(jax.tree.unflatten(treedef, _fold_keys(leaves, number)), *args)
+            return fn(jax.tree.unflatten(treedef, _fold_keys(leaves, args[-1])), *args[:-1])  # pyright: ignore
 
         return Part(call, leaves)
     graphdef, state = nnx.split(node)
     leaves, treedef = jax.tree.flatten(state)
 
     def call_nnx(leaves: Any, *args: Any) -> Any:
-        *args, number = args
+        state = jax.tree.unflatten(treedef, _fold_keys(leaves, args[-1]))
         # copy=True: without it counters keep the trace in which they were made.
-        state = jax.tree.unflatten(treedef, _fold_keys(leaves, number))
-        merged = nnx.merge(graphdef, state, copy=True)
-        out = merged(*args) if fn is None else fn(merged, *args)
+        merged: Any = nnx.merge(graphdef, state, copy=True)
+        out = merged(*args[:-1]) if fn is None else fn(merged, *args[:-1])
         _check_unchanged(state, nnx.state(merged))
         return out
 
@@ -85,10 +83,8 @@ def has_keys(tree: Any) -> bool:
 def split_floats(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
     """Returns the leaves that have a gradient and the others, each with None in the others' places."""
     is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) if not is_key(leaf) else False for leaf in leaves]
-    return tuple(
-        [leaf if kept == wanted else None for leaf, kept in zip(leaves, is_float, strict=True)]
-        for wanted in (True, False)
-    )
+    floats = [leaf if kept else None for leaf, kept in zip(leaves, is_float, strict=True)]
+    return floats, [None if kept else leaf for leaf, kept in zip(leaves, is_float, strict=True)]
 
 
 def join_floats(floats: list[Any], others: list[Any]) -> list[Any]:

@@ -155,7 +155,7 @@ def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strateg
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"num_devices is {num_devices!r}; give a whole number, 1 or more.")
 
-    def on_mesh(*rules: Any, **sizes: int) -> Callable[[], Strategy]:
+    def on_mesh(*rules: Any, **sizes: Any) -> Callable[[], Strategy]:
         used = math.prod(sizes.values())
         return lambda: sharded(make_mesh(None, devices=jax.devices()[:used], **sizes), *rules)
 

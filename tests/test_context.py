@@ -492,7 +492,7 @@ def check_training(name, num_microbatches):
 
 @pytest.mark.parametrize(
     ("name", "num_microbatches"),
-    [("data_context", 2), ("context_model", 1)],
+    [("data_context", 2), pytest.param("context_model", 1, marks=pytest.mark.slow)],
 )
 def test_a_model_trains_like_one_device_with_its_sequence_split(name, num_microbatches):
     assert check_training(name, num_microbatches).steps == 2

@@ -183,7 +183,7 @@ def test_a_run_reports_what_it_did(plain):
     assert len(plain.sample.splitlines()[-1]) == 16 + 20
 
 
-@pytest.mark.parametrize("placement", ["fsdp=2,model=4", "pmap"])
+@pytest.mark.parametrize("placement", ["fsdp=2,model=4", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_every_placement_gives_the_same_losses_and_the_same_sample(placement, here, capsys, plain):
     assert main([*SMALL, *PLACEMENTS[placement], "--text", "long", "--out", "run"]) == 0
     np.testing.assert_allclose(read_losses(here / "run"), plain.losses, atol=1e-5, rtol=0)
@@ -197,7 +197,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(here, plain):
     assert np.abs(np.subtract(read_losses(here / "1"), plain.losses)).min() > 1e-3
 
 
-@pytest.mark.parametrize("extra", [["--pmap"], ["--mesh", "data=2,context=4"]])
+@pytest.mark.parametrize("extra", [pytest.param(["--pmap"], marks=pytest.mark.slow), ["--mesh", "data=2,context=4"]])
 def test_microbatches_change_no_loss(extra, here, plain):
     assert main([*SMALL, "--text", "long", "--out", "run", "--microbatches", "2", *extra]) == 0
     np.testing.assert_allclose(read_losses(here / "run"), plain.losses, atol=1e-5, rtol=0)

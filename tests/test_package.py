@@ -21,6 +21,8 @@ PUBLIC = [
     "ContextError",
     "DriftError",
     "EXPERT",
+    "ExpertError",
+    "ExpertKernels",
     "FSDP",
     "Layout",
     "LayoutRow",
@@ -28,8 +30,11 @@ PUBLIC = [
     "LossError",
     "MEGATRON",
     "MeshError",
+    "MoE",
+    "MoELosses",
     "PIPELINE",
     "PartitionError",
+    "PipelineError",
     "RecompileWarning",
     "StateError",
     "Step",
@@ -47,9 +52,13 @@ PUBLIC = [
     "make_mesh",
     "make_train_step",
     "megatron",
+    "mixture_of_experts",
     "pad_batch",
+    "pipeline",
+    "pipeline_loss",
     "ring_attention",
     "rules",
+    "schedule",
     "sharded",
     "split_sequence",
     "stages",
@@ -131,7 +140,17 @@ def examples_of(value):
 
 # What a doctest of its own would add nothing to: plain values, errors, and what only its maker's example can show.
 VALUES = {"AXES", "WHOLE", "EXPERT", "FSDP", "MEGATRON", "PIPELINE", "ZERO1"}
-SHOWN_ELSEWHERE = VALUES | {"rules", "testing", "RecompileWarning", "LayoutRow", "Leaf", "Step"}
+SHOWN_ELSEWHERE = VALUES | {
+    "rules",
+    "schedule",
+    "testing",
+    "ExpertKernels",
+    "MoELosses",
+    "RecompileWarning",
+    "LayoutRow",
+    "Leaf",
+    "Step",
+}
 SHOWN_ELSEWHERE |= {name for name in PUBLIC if name.endswith("Error")}
 
 

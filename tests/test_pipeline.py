@@ -1,0 +1,367 @@
+"""Pipelines: the numbers of one device on every mesh, memory that microbatches don't add to, and what travels.
+
+B rows, T tokens, V vocabulary.
+"""
+
+import collections
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from jax.sharding import PartitionSpec as P
+from models import sub_mesh
+
+import jaxpar
+from jaxpar import PipelineError, pipeline, pipeline_loss
+
+ROWS, TOKENS, VOCAB, WIDTH, HIDDEN, LAYERS = 32, 4, 16, 16, 32, 4
+SGD = optax.sgd(0.2, momentum=0.9)
+
+
+class Block(nnx.Module):
+    def __init__(self, dropout, rngs):
+        self.up = nnx.Linear(WIDTH, HIDDEN, rngs=rngs)
+        self.down = nnx.Linear(HIDDEN, WIDTH, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+
+    def __call__(self, x):
+        y = self.down(jnp.tanh(self.up(x)))
+        return x + (self.dropout(y) if self.dropout else y)
+
+
+class Decoder(nnx.Module):
+    """Embedding, a stack of blocks, a norm, and the embedding again."""
+
+    def __init__(self, dropout, rngs):
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        # nnx.Embed alone would turn its table back into the dtype in which it was made.
+        self.embed.dtype = None
+        self.blocks = make_stack(dropout, rngs)
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+
+
+def make_stack(dropout, rngs):
+    make = nnx.vmap(lambda rngs: Block(dropout, rngs))
+    return nnx.split_rngs(splits=LAYERS)(make)(rngs)
+
+
+def masked_loss(logits, batch):
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return jaxpar.Weighted((losses * batch["mask"]).sum(), batch["mask"].sum()), {"plain": losses.mean()}
+
+
+def gpipe_loss(model, batch, rng):
+    x = pipeline(model.blocks, model.embed(batch["x"]), stage_microbatches=4)
+    return masked_loss(model.embed.attend(model.norm(x)), batch)
+
+
+def whole_loss(schedule, model, batch, rng):
+    def last(parts, x, batch):
+        embed, norm = parts
+        return masked_loss(embed.attend(norm(x)), batch)
+
+    first = (lambda embed, batch: embed(batch["x"]), model.embed)
+    last = (last, (model.embed, model.norm))
+    return pipeline_loss(first, model.blocks, last, batch, stage_microbatches=4, schedule=schedule)
+
+
+LOSSES = {
+    "pipeline": gpipe_loss,
+    "1f1b": functools.partial(whole_loss, "1f1b"),
+    "gpipe": functools.partial(whole_loss, "gpipe"),
+}
+STRATEGIES = {
+    "stage": lambda: jaxpar.sharded(sub_mesh(stage=2), jaxpar.PIPELINE),
+    "stages": lambda: jaxpar.sharded(sub_mesh(stage=4), jaxpar.PIPELINE),
+    "data_stage": lambda: jaxpar.sharded(sub_mesh(data=2, stage=4), jaxpar.PIPELINE),
+    "stage_model": lambda: jaxpar.sharded(sub_mesh(stage=2, model=2), jaxpar.PIPELINE, jaxpar.MEGATRON),
+    "fsdp_stage": lambda: jaxpar.sharded(sub_mesh(fsdp=2, stage=2), jaxpar.PIPELINE, jaxpar.FSDP),
+    "data_stage_model": lambda: jaxpar.sharded(sub_mesh(data=2, stage=2, model=2), jaxpar.PIPELINE, jaxpar.MEGATRON),
+    "pmap": lambda: jaxpar.data_parallel(jax.devices()[:2]),
+}
+CELLS = [
+    (strategy, loss, dropout, 2 if strategy == "data_stage" and dropout else 1)
+    for strategy in STRATEGIES
+    for loss in LOSSES
+    for dropout in (0.0, 0.3)
+]
+FAST = [
+    ("data_stage", "1f1b", 0.0, 1),
+    ("stages", "pipeline", 0.3, 1),
+    ("stage_model", "gpipe", 0.0, 1),
+    ("fsdp_stage", "1f1b", 0.0, 1),
+    ("data_stage", "pipeline", 0.3, 2),
+    ("pmap", "1f1b", 0.3, 1),
+]
+
+
+def make_batches(count=3, rows=ROWS):
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(count):
+        text = rng.integers(0, VOCAB, (rows, TOKENS + 1))
+        mask = (rng.random((rows, TOKENS)) < 0.4).astype("float32")
+        # Microbatch 0 of 4 has no token that counts.
+        mask[::4] = 0
+        batches.append({"x": text[:, :-1], "y": text[:, 1:], "mask": mask})
+    return batches
+
+
+@functools.cache
+def make_init_fn(dropout):
+    return lambda rng: jaxpar.TrainState.create(Decoder(dropout, nnx.Rngs(rng)), SGD)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "loss", "dropout", "num_microbatches"),
+    [cell if cell in FAST else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
+)
+def test_a_pipeline_trains_like_one_device(strategy, loss, dropout, num_microbatches):
+    agreement = jaxpar.testing.assert_trains_like_one_device(
+        make_init_fn(dropout),
+        LOSSES[loss],
+        make_batches(),
+        STRATEGIES[strategy](),
+        dtypes=("float64",),
+        num_microbatches=num_microbatches,
+    )
+    assert agreement.runs[0].params < 1e-12
+
+
+class LinenBlock(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return x + linen.Dense(WIDTH, name="down")(jnp.tanh(linen.Dense(HIDDEN, name="up")(x)))
+
+
+def test_a_linen_stack_trains_like_one_device():
+    block, sample = LinenBlock(), jnp.ones((1, WIDTH))
+
+    def init_fn(rng):
+        layers = jax.vmap(lambda key: block.init(key, sample)["params"])(jax.random.split(rng, LAYERS))
+        return jaxpar.TrainState.create({"params": {"layers": layers}}, SGD)
+
+    def loss_fn(variables, batch, rng):
+        layers = (lambda params, x: block.apply({"params": params}, x), variables["params"]["layers"])
+        return (pipeline(layers, batch["x"], stage_microbatches=4) ** 2).mean()
+
+    batches = [{"x": np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype("float32")}] * 2
+    strategy = STRATEGIES["data_stage"]()
+    agreement = jaxpar.testing.assert_trains_like_one_device(init_fn, loss_fn, batches, strategy, dtypes=("float64",))
+    assert agreement.runs[0].params < 1e-12
+
+
+def test_each_stage_holds_its_layers_and_their_moments():
+    strategy = STRATEGIES["data_stage"]()
+    rows = {row.path: row for row in strategy.layout(make_init_fn(0.0)).rows}
+    for path in ("params/blocks/up/kernel", "opt_state/0/trace/blocks/down/kernel"):
+        assert rows[path].spec == P("stage", None, None)
+        assert rows[path].bytes_per_device * 4 == math.prod(rows[path].shape) * 4
+    assert rows["params/embed/embedding"].spec == P(None, None)
+
+
+def test_evaluation_and_training_see_the_same_loss():
+    strategy = STRATEGIES["data_stage"]()
+    state, batch = strategy.init(make_init_fn(0.0), jax.random.key(0)), make_batches(1)[0]
+    held_out = jaxpar.evaluate(jaxpar.make_eval_step(LOSSES["1f1b"], strategy), state, [batch])
+    _, metrics = jaxpar.make_train_step(LOSSES["1f1b"], strategy)(state, strategy.shard_batch(batch))
+    assert held_out[0] == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    assert held_out[1]["plain"] == pytest.approx(float(metrics["plain"]), rel=1e-6)
+
+
+def test_dropout_is_another_in_each_microbatch_and_layer():
+    blocks = make_stack(0.5, nnx.Rngs(0))
+    x = jnp.ones((8, WIDTH))
+    with jax.set_mesh(sub_mesh(stage=2)):
+        split = jax.jit(lambda x: pipeline(blocks, x, stage_microbatches=4))(x)
+    alone = pipeline(blocks, x, stage_microbatches=4)
+    np.testing.assert_allclose(split, alone, rtol=1e-5, atol=1e-6)
+    # Rows 0 and 4 are one microbatch's, 0 and 1 are not; equal rows in one microbatch have masks of their own.
+    seen = {tuple(np.round(np.asarray(row), 4)) for row in alone}
+    assert len(seen) == 8
+
+
+def test_what_a_layer_is_given_besides_is_whole_for_every_microbatch():
+    params, shift = jnp.arange(1.0, 5.0), jnp.arange(3.0)
+    with jax.set_mesh(sub_mesh(data=2, stage=4)):
+        out = jax.jit(lambda x: pipeline((lambda w, x, s: x * w + s, params), x, shift, stage_microbatches=4))(
+            jnp.ones((8, 3))
+        )
+    expected = np.ones(3)
+    for w in np.arange(1.0, 5.0):
+        expected = expected * w + np.arange(3.0)
+    np.testing.assert_allclose(out, np.tile(expected, (8, 1)))
+
+
+def compile_step(loss, stage_microbatches, rows, strategy, *, width=64, tokens=16):
+    """Returns the compiled train step of a plain stack of matrices with embedding and head, in float32."""
+
+    def init_fn(rng):
+        params = {"embed": jnp.ones((VOCAB, width)), "blocks": {"kernel": jnp.ones((LAYERS, width, width))}}
+        return jaxpar.TrainState.create({"params": params}, optax.sgd(0.1))
+
+    def loss_fn(variables, batch, rng):
+        params = variables["params"]
+        return pipeline_loss(
+            (lambda table, batch: table[batch["x"]], params["embed"]),
+            (lambda layer, x: x + jnp.tanh(x @ layer["kernel"]), params["blocks"]),
+            (lambda table, x, batch: ((x @ table.T) ** 2).mean(), params["embed"]),
+            batch,
+            stage_microbatches=stage_microbatches,
+            schedule=loss,
+        )
+
+    batch = {"x": jax.ShapeDtypeStruct((rows, tokens), jnp.int32)}
+    step = jaxpar.make_train_step(loss_fn, strategy)
+    return step.lower(strategy.abstract_state(init_fn), batch).compile()
+
+
+def test_1f1b_needs_no_more_memory_for_more_microbatches():
+    strategy = jaxpar.sharded(sub_mesh(stage=4), jaxpar.PIPELINE)
+    used = {
+        schedule: [
+            compile_step(schedule, count, 8 * count, strategy).memory_analysis().temp_size_in_bytes
+            for count in (4, 8, 16, 32)
+        ]
+        for schedule in ("1f1b", "gpipe")
+    }
+    print(used)
+    assert max(used["1f1b"]) <= 1.05 * min(used["1f1b"]), used
+    assert used["gpipe"][-1] > 2 * used["gpipe"][0], used
+
+
+_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def find_collectives(text):
+    """Returns (computation, kind, shapes) for each collective of a compiled program."""
+    found, computation = [], ""
+    for line in text.splitlines():
+        if line and not line.startswith(" "):
+            computation = "main" if line.startswith("ENTRY") else line.split(" ")[0]
+        match = _COLLECTIVE.search(line)
+        if match:
+            found.append((computation, match[2], re.findall(r"\w+\[[\d,]*\]", match[1])))
+    return found
+
+
+def test_one_boundary_activation_travels_each_way_and_gradients_are_summed_once():
+    strategy = jaxpar.sharded(sub_mesh(data=2, stage=4), jaxpar.PIPELINE)
+    found = find_collectives(compile_step("1f1b", 4, 32, strategy).as_text())
+    inside = collections.Counter((kind, *shapes) for where, kind, shapes in found if where != "main")
+    # 32 rows over 2 shards of the data and 4 microbatches: 4 rows of 16 tokens of 64 features, there and back.
+    assert inside == {("collective-permute", "f32[4,16,64]"): 2}
+    outside = [(kind, shapes) for where, kind, shapes in found if where == "main"]
+    assert {kind for kind, _ in outside} == {"all-reduce"}
+    # No stage's layers leave it: they are summed over the data alone, one layer a stage.
+    sizes = [shape for _, shapes in outside for shape in shapes]
+    assert sizes.count("f32[1,64,64]") == 1
+    assert not [shape for shape in sizes if shape == "f32[4,64,64]"]
+
+
+def test_idle_ticks_are_left_out_in_the_step_that_the_builder_makes():
+    strategy = jaxpar.sharded(sub_mesh(stage=4), jaxpar.PIPELINE)
+    text = compile_step("1f1b", 4, 32, strategy).as_text()
+    # Forward and backward, whether the first and the last stage, and the input kept: none became a select.
+    assert len(re.findall(r" conditional\(", text)) >= 5
+
+
+def test_a_step_is_traced_and_compiled_once():
+    strategy, traces = STRATEGIES["data_stage"](), []
+
+    def loss_fn(model, batch, rng):
+        traces.append(1)
+        return LOSSES["1f1b"](model, batch, rng)
+
+    state = strategy.init(make_init_fn(0.0), jax.random.key(0))
+    step = jaxpar.make_train_step(loss_fn, strategy)
+    for batch in make_batches(3):
+        state, _ = step(state, strategy.shard_batch(batch))
+    assert len(traces) == 1
+
+
+class Statistics(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+def double(w, x):
+    return x * w
+
+
+X = jnp.ones((8, WIDTH))
+FOUR, TABLE = jnp.ones(4), jnp.ones((VOCAB, WIDTH))
+LAST = (lambda w, x, batch: (x * w).mean(), jnp.ones(()))
+BAD = {
+    "layers that don't divide": (
+        lambda: pipeline((double, jnp.ones(6)), X, stage_microbatches=4),
+        "6 layers do not divide by 4 stages; give a multiple of 4.",
+    ),
+    "too few microbatches": (
+        lambda: pipeline((double, FOUR), X, stage_microbatches=2),
+        "stage_microbatches is 2, but there are 4 stages, some of which would always idle; give 4 or more, better 16.",
+    ),
+    "rows that don't divide": (
+        lambda: pipeline((double, FOUR), jnp.ones((10, 3)), stage_microbatches=4),
+        "10 rows do not divide by 4 stage microbatches; pad to 12 a shard of the data, or give a divisor of 10, as "
+        "stage_microbatches=2.",
+    ),
+    "no number of microbatches": (
+        lambda: pipeline((double, FOUR), X, stage_microbatches=0),
+        "stage_microbatches is 0; give a whole number, 1 or more.",
+    ),
+    "leaves of different stacks": (
+        lambda: pipeline((double, [FOUR, jnp.ones(8)]), X, stage_microbatches=4),
+        "The blocks have leaves of shapes [(4,), (8,)]; a stack's leaves share a leading dim of layers.",
+    ),
+    "no stack": (
+        lambda: pipeline((double, jnp.ones(())), X, stage_microbatches=4),
+        "The blocks have leaves of shapes [()]; a stack's leaves share a leading dim of layers.",
+    ),
+    "a layer that changes its input": (
+        lambda: pipeline((lambda w, x: x.sum(-1) * w, FOUR), X, stage_microbatches=4),
+        ["A layer turns x from ((8, 16), dtype('float32')) into ((8,), dtype('float32'))", "as it was"],
+    ),
+    "a layer that changes its own variables": (
+        lambda: pipeline(nnx.split_rngs(splits=4)(nnx.vmap(Statistics))(nnx.Rngs(0)), X, stage_microbatches=4),
+        ["'norm/mean' changes while a layer runs, as BatchNorm's statistics do", "nnx.LayerNorm"],
+    ),
+    "a function without parameters": (
+        lambda: pipeline(double, X, stage_microbatches=4),
+        "A part of the model is a function; give an nnx module, or (fn, params).",
+    ),
+    "arrays of different rows": (
+        lambda: pipeline((double, FOUR), {"a": X, "b": X[:4]}, stage_microbatches=4),
+        ["x has arrays of shapes [(8, 16), (4, 16)]", "the same number of rows in dim 0"],
+    ),
+    "an unknown schedule": (
+        lambda: pipeline_loss(
+            (lambda table, batch: table[batch], TABLE),
+            (double, FOUR),
+            LAST,
+            jnp.zeros(8, int),
+            stage_microbatches=4,
+            schedule="1f1",
+        ),
+        "schedule is '1f1'; give one of 'gpipe', '1f1b'.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_can_not_be_is_named_before_any_compile(case):
+    call, expected = BAD[case]
+    with jax.set_mesh(sub_mesh(data=2, stage=4)), pytest.raises(PipelineError) as caught:
+        jax.eval_shape(call)
+    message = str(caught.value)
+    for part in [expected] if isinstance(expected, str) else expected:
+        assert part in message
