@@ -72,6 +72,12 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fake-devices", type=whole_number(1, _MAX_FAKE_DEVICES), metavar="N", help="run on N CPU devices, made up"
     )
+    group.add_argument(
+        "--stage-microbatches",
+        type=size,
+        metavar="N",
+        help="parts of each that flow through the stages of --mesh stage=S, S or more; if not given, 2 S",
+    )
     group.add_argument("--microbatches", type=size, default=1, metavar="N", help="parts of a batch, in turn")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
 
@@ -96,6 +102,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--d-model", type=size, default=128, metavar="N", help="features between layers")
     group.add_argument("--layers", type=size, default=2, metavar="N", help="how many")
     group.add_argument("--heads", type=size, default=8, metavar="N", help="query heads")
+    group.add_argument(
+        "--experts",
+        type=whole_number(0, _MAX_SIZE),
+        default=0,
+        metavar="N",
+        help="experts in place of each MLP; 0: none",
+    )
     group.add_argument("--kv-heads", type=size, default=4, metavar="N", help="key/value heads")
 
 

@@ -24,6 +24,7 @@ from jaxpar.stack import (
     run_layers,
     send,
     take_rows,
+    when,
 )
 
 
@@ -98,7 +99,7 @@ def _gpipe(flow: _Flow, leaves: Any, x: Any, more: Any) -> Any:
         number = time - stage
         x_here = jax.tree.map(lambda own, sent: jnp.where(stage == 0, take_rows(own, count, time), sent), x, x_before)
         active = (number >= 0) & (number < count)
-        y = lax.cond(active, lambda x: run(leaves, x, more, number), lambda x: x, x_here)
+        y = when(active, lambda x: run(leaves, x, more, number), lambda x: x, x_here)
         ends = active & (stage == flow.stages - 1)
         out = jax.tree.map(lambda o, part: lax.cond(ends, _put, lambda o, *_: o, o, part, number), out, y)
         return (send(y, flow.stages), out), None

@@ -24,6 +24,7 @@ from jaxpar.stack import (
     send,
     split_floats,
     take_microbatch,
+    when,
 )
 
 
@@ -113,7 +114,7 @@ def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple
             x, sums = carry
             number = time - stage
             active = (number >= 0) & (number < flow.microbatches)
-            y, more = lax.cond(active, forward, lambda floats, x, number: (x, sums_zero), floats, x, number)
+            y, more = when(active, forward, lambda floats, x, number: (x, sums_zero), floats, x, number)
             return (send(y, flow.stages), jax.tree.map(jnp.add, sums, more)), None
 
         (_, sums), _ = lax.scan(tick, (x_zero, sums_zero), jnp.arange(flow.microbatches + flow.stages - 1))
@@ -136,56 +137,30 @@ def _sum_and_gradients(flow: _LossFlow, floats: Any, others: Any, batch: Any) ->
 
 
 def _one_forward_one_backward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Any, Any]:
-    stage, last, depth = lax.axis_index(STAGE), flow.stages - 1, 2 * flow.stages
-    run, count = _bind(flow, others), flow.microbatches
+    stage, depth, count = lax.axis_index(STAGE), 2 * flow.stages, flow.microbatches
+    run = _bind(flow, others)
     x_zero, sums_zero = run.zeros(floats, batch)
+    backward = functools.partial(_go_back, flow, run, floats, batch)
     wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
 
     def forward(x: Any, number: Any) -> tuple[Any, Any]:
         """This stage's input, and its output but at the last stage, whose backward half computes it."""
         make = lambda x: run.first(floats[0], take_microbatch(batch, count, number), number)
         x = lax.cond(stage == 0, make, lambda x: x, x)
-        return x, lax.cond(stage == last, lambda x: x, lambda x: run.layers(floats[1], x, number), x)
-
-    def backward(x: Any, pull: Any, number: Any) -> tuple[Any, Any, Any]:
-        """The pull on this stage's input, the gradients of its parameters, and at the last stage the sums."""
-        rows = take_microbatch(batch, count, number)
-
-        def through_head(x: Any, pull: Any) -> Any:
-            del pull
-
-            def total(layers: Any, head: Any, x: Any) -> Any:
-                sums = run.sums(head, run.layers(layers, x, number), rows, number)
-                return sums[0].total, sums
-
-            grads, sums = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(floats[1], floats[2], x)
-            return *grads, sums
-
-        def through_layers(x: Any, pull: Any) -> Any:
-            _, back = jax.vjp(lambda layers, x: run.layers(layers, x, number), floats[1], x)
-            layers, pull = back(pull)
-            return layers, jax.tree.map(jnp.zeros_like, floats[2]), pull, sums_zero
-
-        layers, head, pull, sums = lax.cond(stage == last, through_head, through_layers, x, pull)
-
-        def through_first(pull: Any) -> Any:
-            return jax.vjp(lambda leaves: run.first(leaves, rows, number), floats[0])[1](pull)[0]
-
-        first = lax.cond(stage == 0, through_first, lambda pull: jax.tree.map(jnp.zeros_like, floats[0]), pull)
-        return pull, (first, layers, head), sums
+        return x, when(stage < flow.stages - 1, lambda x: run.layers(floats[1], x, number), lambda x: x, x)
 
     def tick(carry: Any, time: Any) -> Any:
         x, pull, kept, gradients, sums = carry
         number = time - stage
         active = (number >= 0) & (number < count)
-        x, y = lax.cond(active, forward, lambda x, number: (x, x), x, number)
+        x, y = when(active, forward, lambda x, number: (x, x), x, number)
         keep = lambda slots, x: lax.dynamic_update_index_in_dim(slots, x, number % depth, 0)
         kept = lax.cond(active, lambda kept, x: jax.tree.map(keep, kept, x), lambda kept, x: kept, kept, x)
         number = time - (2 * flow.stages - 1 - stage)
         active = (number >= 0) & (number < count)
         x = jax.tree.map(lambda slots: lax.dynamic_index_in_dim(slots, number % depth, 0, keepdims=False), kept)
         nothing = lambda x, pull, number: (pull, jax.tree.map(jnp.zeros_like, floats), sums_zero)
-        pull, more, more_sums = lax.cond(active, backward, nothing, x, pull, number)
+        pull, more, more_sums = when(active, backward, nothing, x, pull, number)
         gradients = jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, more)
         sums = jax.tree.map(jnp.add, sums, more_sums)
         return (send(y, flow.stages), send(pull, flow.stages, back=True), kept, gradients, sums), None
@@ -196,6 +171,36 @@ def _one_forward_one_backward(flow: _LossFlow, floats: Any, others: Any, batch: 
     first, layers, head = gradients
     sums, first, head = lax.psum((sums, first, head), STAGE)
     return sums, (first, layers, head)
+
+
+def _go_back(
+    flow: _LossFlow, run: "_Bound", floats: Any, batch: Any, x: Any, pull: Any, number: Any
+) -> tuple[Any, Any, Any]:
+    """The pull on this stage's input, the gradients of its parameters, and at the last stage the sums."""
+    stage, rows = lax.axis_index(STAGE), take_microbatch(batch, flow.microbatches, number)
+    y, back = jax.vjp(lambda layers, x: run.layers(layers, x, number), floats[1], x)
+
+    def through_head(y: Any, pull: Any) -> Any:
+        del pull
+
+        def total(head: Any, y: Any) -> Any:
+            sums = run.sums(head, y, rows, number)
+            return sums[0].total, sums
+
+        (head, pull), sums = jax.grad(total, argnums=(0, 1), has_aux=True)(floats[2], y)
+        return head, pull, sums
+
+    def past_head(y: Any, pull: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, floats[2]), pull, run.zeros(floats, batch)[1]
+
+    head, pull, sums = lax.cond(stage == flow.stages - 1, through_head, past_head, y, pull)
+    layers, pull = back(pull)
+
+    def through_first(pull: Any) -> Any:
+        return jax.vjp(lambda leaves: run.first(leaves, rows, number), floats[0])[1](pull)[0]
+
+    first = lax.cond(stage == 0, through_first, lambda pull: jax.tree.map(jnp.zeros_like, floats[0]), pull)
+    return pull, (first, layers, head), sums
 
 
 def _sum_1f1b_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Any, Any]:

@@ -58,6 +58,17 @@ def run_layers(fn: Callable[..., Any], leaves: Any, x: Any, more: Any, number: A
     return lax.scan(lambda x, layer: (fn(layer, x, *more, number), None), x, leaves)[0]
 
 
+def when(condition: Any, do: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
+    """Returns `lax.cond`'s result; where layers may hold a ring over `context`, both are computed and one is taken.
+
+    A ring's permutes are one for all devices: those of a stage that left them out would be waited for.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "context" in mesh.manual_axes or mesh.shape.get("context", 1) == 1:
+        return lax.cond(condition, do, otherwise, *operands)
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), do(*operands), otherwise(*operands))
+
+
 def send(tree: Any, stages: int, *, back: bool = False) -> Any:
     """Returns what the stage before this one has, or the one after it if `back`; zeros where there is none."""
     pairs = [(i + 1, i) if back else (i, i + 1) for i in range(stages - 1)]

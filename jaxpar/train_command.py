@@ -1,6 +1,7 @@
 """`jaxpar train`: a byte-level transformer trained on text under any mesh; the worked example of the whole API."""
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from jaxpar.usage import UsageError
 _HELD_OUT_BYTES = 2**16
 _SAMPLE_BYTES = 200
 _TEMPERATURE = 0.8
-_USED_AXES = ("data", "fsdp", "expert", "context", "model")
+# Those that fill the fewest dims come first.
+_RULES = {"stage": jaxpar.PIPELINE, "expert": jaxpar.EXPERT, "model": jaxpar.MEGATRON, "fsdp": jaxpar.FSDP}
 
 
 class _Job(NamedTuple):
@@ -58,10 +60,11 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def loss_fn(model: nnx.Module, batch: Any, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-    """Returns each row's mean loss in nats per byte; no metrics of its own."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["x"]), batch["y"].astype(jnp.int32))
-    return losses.mean(axis=-1), {}
+def loss_fn(model: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    """Returns each row's mean loss in nats per byte, and what experts add; no metrics of its own."""
+    logits, penalty_B = model.predict(batch["x"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"].astype(jnp.int32))
+    return losses.mean(axis=-1) + penalty_B, {}
 
 
 def continue_bytes(model: nnx.Module, prompt_BT: jax.Array, count: int, seed: int) -> jax.Array:
@@ -112,7 +115,7 @@ def _prepare(options: argparse.Namespace) -> _Job:
     try:
         strategy = _make_strategy(options)
         _check_fit(options, strategy)
-        init_fn = _make_init_fn(options, sizes)
+        init_fn = _make_init_fn(options, sizes, strategy.mesh)
         layout = strategy.layout(init_fn)
         return _Job(options, strategy, init_fn, layout, read_text(options.text, min_bytes=options.seq_len + 1))
     except jaxpar.MeshError as error:
@@ -141,14 +144,12 @@ def _make_strategy(options: argparse.Namespace) -> jaxpar.Strategy:
     if options.pmap:
         return jaxpar.data_parallel(devices)
     mesh = jaxpar.make_mesh(options.mesh, devices=devices)
-    unused = [axis for axis, size in mesh.shape.items() if axis not in _USED_AXES and size > 1]
-    if unused:
+    if mesh.shape.get("expert", 1) > 1 and not options.experts:
         raise UsageError(
-            f"--mesh axis {unused[0]!r} of size {mesh.shape[unused[0]]} splits nothing of this model; it can use "
-            f"{', '.join(_USED_AXES)}."
+            f"--mesh axis 'expert' of size {mesh.shape['expert']} has no experts to split; give --experts "
+            f"{mesh.shape['expert']}, or a multiple."
         )
-    rules = [rules for axis, rules in (("model", jaxpar.MEGATRON), ("fsdp", jaxpar.FSDP)) if axis in mesh.shape]
-    return jaxpar.sharded(mesh, *rules)
+    return jaxpar.sharded(mesh, *(rules for axis, rules in _RULES.items() if axis in mesh.shape))
 
 
 def _make_fake_devices(count: int) -> list[jax.Device]:
@@ -164,25 +165,47 @@ def _make_fake_devices(count: int) -> list[jax.Device]:
 
 
 def _check_fit(options: argparse.Namespace, strategy: jaxpar.Strategy) -> None:
-    """Raises UsageError unless batch, sequence and heads divide over the mesh."""
-    shards, parts, rows = strategy.num_shards, options.microbatches, options.batch_size
+    """Raises UsageError unless batch, sequence, heads, layers and experts divide over the mesh."""
+    shards, rows = strategy.num_shards, options.batch_size
+    parts = options.microbatches * _stage_microbatches(options, strategy.mesh)
     unit = shards * parts
     if rows % unit:
         raise UsageError(
             f"--batch-size {rows} does not divide by {shards} data shards x {parts} microbatches = {unit}; give "
             f"{-(-rows // unit) * unit}{f', or {rows // unit * unit}' if rows > unit else ''}."
         )
-    for axis, flag, number in (("model", "--heads", options.heads), ("context", "--seq-len", options.seq_len)):
+    for axis, flag, number in (
+        ("stage", "--layers", options.layers),
+        ("expert", "--experts", options.experts),
+        ("context", "--seq-len", options.seq_len),
+        ("model", "--heads", options.heads),
+    ):
         size = strategy.mesh.shape.get(axis, 1)
         if number % size:
-            raise UsageError(f"{flag} {number} does not divide by {size}, the size of mesh axis {axis!r}.")
+            raise UsageError(
+                f"{flag} {number} does not divide by {size}, the size of mesh axis {axis!r}; give "
+                f"{number - number % size + size}{f', or {number - number % size}' if number > size else ''}."
+            )
 
 
-def _make_init_fn(options: argparse.Namespace, sizes: Sizes) -> Callable[[jax.Array], jaxpar.TrainState]:
+def _stage_microbatches(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> int:
+    """What is asked for, or two a stage; 1 without stages."""
+    stages = mesh.shape.get("stage", 1)
+    return 1 if stages == 1 else options.stage_microbatches or 2 * stages
+
+
+def _make_init_fn(
+    options: argparse.Namespace, sizes: Sizes, mesh: jax.sharding.Mesh
+) -> Callable[[jax.Array], jaxpar.TrainState]:
+    parts: dict[str, Any] = {"stage_microbatches": _stage_microbatches(options, mesh)}
+    if mesh.shape.get("context", 1) > 1:
+        parts["attend"] = functools.partial(jaxpar.ring_attention, is_causal=True)
+    if options.experts:
+        parts["make_mlp"] = functools.partial(jaxpar.MoE, num_experts=options.experts)
     peak = options.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, options.steps // 10, options.steps, peak / 10)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
-    return lambda rng: jaxpar.TrainState.create(Transformer(sizes, rngs=nnx.Rngs(rng)), tx)
+    return lambda rng: jaxpar.TrainState.create(Transformer(sizes, **parts, rngs=nnx.Rngs(rng)), tx)
 
 
 def _compute_dtype(options: argparse.Namespace) -> Any:
@@ -240,6 +263,7 @@ def _sample(job: _Job, state: jaxpar.TrainState) -> tuple[bytes, bytes]:
         strategy,
         compute_dtype=_compute_dtype(options),
     )
-    # Every shard needs a row of its own.
-    rows = sample_step(state, strategy.shard_batch({"x": np.tile(prompt, (strategy.num_shards, 1))}))
+    # Every shard and stage microbatch needs a row of its own.
+    count = strategy.num_shards * _stage_microbatches(options, strategy.mesh)
+    rows = sample_step(state, strategy.shard_batch({"x": np.tile(prompt, (count, 1))}))
     return prompt.tobytes(), np.asarray(rows[0]).tobytes()

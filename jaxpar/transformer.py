@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpar.pipeline import pipeline
+
 VOCAB = 256
+# What mixtures of experts add to the loss, as their papers do: see jaxpar.MoELosses.
+BALANCE, ROUTER_Z = 0.01, 0.001
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 MakeMLP = Callable[..., nnx.Module]
 
@@ -47,20 +51,22 @@ def attend_causally(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array) -> 
     return jax.nn.dot_product_attention(q_BTHD, k_BTKD, v_BTKD, is_causal=True)
 
 
-def rotate(x_BTHD: jax.Array) -> jax.Array:
+def rotate(x_BTHD: jax.Array, positions: jax.Array | None = None) -> jax.Array:
     """Returns queries or keys turned by angles that grow with their place: products then tell how far apart two are.
 
-    Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+    Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864). `positions`, of shape (T,) or (B, T), tells
+    each byte's place where they don't lie in order, as after `jaxpar.zigzag`.
 
     >>> x = jnp.ones((1, 3, 1, 2))
     >>> bool(jnp.allclose(rotate(x)[0, 0], x[0, 0])), bool(jnp.allclose(rotate(x)[0, 1], x[0, 1]))
     (True, False)
     """
     half = x_BTHD.shape[-1] // 2
-    angles_TD = jnp.arange(x_BTHD.shape[1])[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
-    sin_T1D, cos_T1D = jnp.sin(angles_TD)[:, None], jnp.cos(angles_TD)[:, None]
+    places = jnp.arange(x_BTHD.shape[1]) if positions is None else positions
+    angles = places[..., None, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x_BTHD, 2, axis=-1)
-    turned = jnp.concatenate([first * cos_T1D - second * sin_T1D, second * cos_T1D + first * sin_T1D], axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     # In a narrow dtype the angles alone stay float32: far places need more digits than bfloat16 has.
     return turned.astype(x_BTHD.dtype)
 
@@ -95,6 +101,18 @@ class Attention(nnx.Module):
         return self.out(self.attend(q_BTHD, k_BTKD, self.value(x_BTC)))
 
 
+class Features(NamedTuple):
+    """What goes from layer to layer.
+
+    Attributes:
+      x_BTC: the features of each byte.
+      penalty_B: what mixtures of experts have added so far to each row's loss.
+    """
+
+    x_BTC: jax.Array
+    penalty_B: jax.Array
+
+
 class Block(nnx.Module):
     """One layer: attention, then the MLP, each of normalised features and added to them."""
 
@@ -104,10 +122,15 @@ class Block(nnx.Module):
         self.norm2 = nnx.RMSNorm(sizes.d_model, rngs=rngs)
         self.mlp = make_mlp(sizes.d_model, sizes.hidden, rngs=rngs)
 
-    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+    def __call__(self, features: Features) -> Features:
         """Returns the features after this layer."""
+        x_BTC, penalty_B = features
         x_BTC = x_BTC + self.attention(self.norm1(x_BTC))
-        return x_BTC + self.mlp(self.norm2(x_BTC))
+        mixed = self.mlp(self.norm2(x_BTC))
+        if isinstance(mixed, tuple):
+            mixed, losses = mixed
+            penalty_B += (BALANCE * losses.balance + ROUTER_Z * losses.router_z).astype(penalty_B.dtype)
+        return Features(x_BTC + mixed, penalty_B)
 
 
 class Transformer(nnx.Module):
@@ -116,7 +139,8 @@ class Transformer(nnx.Module):
     Args:
       sizes: how large it is.
       attend: `attend(q_BTHD, k_BTKD, v_BTKD)`, any causal attention.
-      make_mlp: `make_mlp(d_model, hidden, rngs=rngs)`, the MLP of each layer.
+      make_mlp: `make_mlp(d_model, hidden, rngs=rngs)`, the MLP of each layer, or a `jaxpar.MoE`.
+      stage_microbatches: into how many parts to cut the rows where the layers are split over stages.
       rngs: for the parameters.
 
     >>> model = Transformer(Sizes(d_model=16, layers=2, heads=4, kv_heads=2, hidden=32), rngs=nnx.Rngs(0))
@@ -124,16 +148,30 @@ class Transformer(nnx.Module):
     (2, 5, 256)
     """
 
-    def __init__(self, sizes: Sizes, *, attend: Attend = attend_causally, make_mlp: MakeMLP = SwiGLU, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        attend: Attend = attend_causally,
+        make_mlp: MakeMLP = SwiGLU,
+        stage_microbatches: int = 1,
+        rngs: nnx.Rngs,
+    ):
         self.embed = nnx.Embed(VOCAB, sizes.d_model, rngs=rngs)
         # nnx.Embed alone would turn its table back into the dtype in which it was made.
         self.embed.dtype = None
-        self.blocks = nnx.List([Block(sizes, attend=attend, make_mlp=make_mlp, rngs=rngs) for _ in range(sizes.layers)])
+        make_block = nnx.vmap(lambda rngs: Block(sizes, attend=attend, make_mlp=make_mlp, rngs=rngs))
+        self.blocks = nnx.split_rngs(splits=sizes.layers)(make_block)(rngs)
         self.norm = nnx.RMSNorm(sizes.d_model, rngs=rngs)
+        self.stage_microbatches = stage_microbatches
 
     def __call__(self, bytes_BT: jax.Array) -> jax.Array:
         """Returns the logits of the byte after each, B T 256, in float32."""
+        return self.predict(bytes_BT)[0]
+
+    def predict(self, bytes_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits, and what mixtures of experts add to each row's loss: 0 without any."""
         x_BTC = self.embed(bytes_BT.astype(jnp.int32))
-        for block in self.blocks:
-            x_BTC = block(x_BTC)
-        return self.embed.attend(self.norm(x_BTC)).astype(jnp.float32)
+        features = Features(x_BTC, jnp.zeros(x_BTC.shape[0], jnp.float32))
+        x_BTC, penalty_B = pipeline(self.blocks, features, stage_microbatches=self.stage_microbatches)
+        return self.embed.attend(self.norm(x_BTC)).astype(jnp.float32), penalty_B

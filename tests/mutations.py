@@ -549,6 +549,164 @@ MUTATIONS += [
     ),
 ]
 
+PIPELINE = "tests/test_pipeline.py::test_"
+TRAINS = PIPELINE + "a_pipeline_trains_like_one_device"
+GPIPE, ONE_BACK = TRAINS + "[stages-pipeline-0.3-1]", TRAINS + "[data_stage-1f1b-0.0-1]"
+TRAVELS = PIPELINE + "one_boundary_activation_travels_each_way_and_gradients_are_summed_once"
+STAGE_CONTEXT = "tests/test_hybrids.py::test_every_pair_and_the_useful_triples_have_the_curve_of_one_device"
+SCHEDULE = "tests/test_schedule.py::test_"
+MUTATIONS += [
+    Mutation("activations not sent on", "stack.py", "return lax.ppermute(tree, STAGE, pairs)", "return tree", GPIPE),
+    Mutation("pulls sent forward", "stack.py", "[(i + 1, i) if back else", "[(i, i + 1) if back else", ONE_BACK),
+    Mutation("stages run in the wrong tick", "pipeline.py", "number = time - stage", "number = time", GPIPE),
+    Mutation(
+        "the first stage takes what it is sent",
+        "pipeline.py",
+        "jnp.where(stage == 0, take_rows(own, count, time), sent)",
+        "jnp.where(stage == 9, take_rows(own, count, time), sent)",
+        GPIPE,
+    ),
+    Mutation(
+        "the wrong stage's output",
+        "pipeline.py",
+        "return jax.tree.map(lambda leaf: leaf[-1], stacked)",
+        "return jax.tree.map(lambda leaf: leaf[0], stacked)",
+        GPIPE,
+    ),
+    Mutation(
+        "a tick too few",
+        "pipeline.py",
+        "jnp.arange(count + flow.stages - 1))",
+        "jnp.arange(count + flow.stages - 2))",
+        GPIPE,
+    ),
+    Mutation(
+        "no microbatch in the layers' keys",
+        "stack.py",
+        "jax.random.fold_in(leaf, number) if is_key(leaf) else leaf",
+        "leaf",
+        PIPELINE + "dropout_is_another_in_each_microbatch_and_layer",
+    ),
+    Mutation(
+        "rows of a microbatch side by side",
+        "stack.py",
+        "parts = jnp.reshape(leaf, (-1, count, *np.shape(leaf)[1:]))",
+        "parts = jnp.swapaxes(jnp.reshape(leaf, (count, -1, *np.shape(leaf)[1:])), 0, 1)",
+        GPIPE,
+    ),
+    Mutation(
+        "1F1B goes back a tick early",
+        "pipeline_loss.py",
+        "number = time - (2 * flow.stages - 1 - stage)",
+        "number = time - (2 * flow.stages - 2 - stage)",
+        ONE_BACK,
+    ),
+    Mutation(
+        "1F1B keeps too few inputs",
+        "pipeline_loss.py",
+        "2 * flow.stages, flow.microbatches\n",
+        "2, flow.microbatches\n",
+        ONE_BACK,
+    ),
+    Mutation(
+        "embedding and head not summed over stages",
+        "pipeline_loss.py",
+        "sums, first, head = lax.psum((sums, first, head), STAGE)",
+        "sums = lax.psum(sums, STAGE)",
+        ONE_BACK,
+    ),
+    Mutation(
+        "the loss not summed over stages",
+        "pipeline_loss.py",
+        "return lax.psum(sums, STAGE)",
+        "return sums",
+        PIPELINE + "evaluation_and_training_see_the_same_loss",
+    ),
+    Mutation(
+        "the head at every stage",
+        "pipeline_loss.py",
+        "lax.cond(stage == flow.stages - 1, through_head, past_head, y, pull)",
+        "lax.cond(stage >= 0, through_head, past_head, y, pull)",
+        ONE_BACK,
+    ),
+    Mutation(
+        "the embedding has no gradient",
+        "pipeline_loss.py",
+        "lax.cond(stage == 0, through_first,",
+        "lax.cond(stage == 9, through_first,",
+        ONE_BACK,
+    ),
+    Mutation(
+        "gradients not scaled by what comes back",
+        "pipeline_loss.py",
+        "(leaf * scale).astype(like.dtype)",
+        "leaf.astype(like.dtype)",
+        ONE_BACK,
+    ),
+    Mutation(
+        "a step with stages left to the compiler over data",
+        "strategy.py",
+        'num_microbatches > 1 or self.mesh.shape.get("stage", 1) > 1',
+        "num_microbatches > 1",
+        TRAVELS,
+    ),
+    Mutation(
+        "a ring left out by a stage that idles",
+        "stack.py",
+        'if "context" in mesh.manual_axes or mesh.shape.get("context", 1) == 1:',
+        "if True:",
+        STAGE_CONTEXT + "[stage=2,context=2,model=2]",
+    ),
+    Mutation(
+        "1F1B starts no earlier than GPipe",
+        "schedule.py",
+        'microbatches if name == "gpipe" else min(stages - stage, microbatches)',
+        "microbatches",
+        SCHEDULE + "gpipe_holds_every_microbatch_and_1f1b_no_more_than_the_stages_to_come[4-16]",
+    ),
+]
+
+EXPERT = "tests/test_expert.py::test_"
+MIXED = EXPERT + "a_mixture_and_its_gradients_are_one_devices_on_every_mesh"
+MUTATIONS += [
+    Mutation(
+        "tokens not sent to their experts",
+        "expert.py",
+        "return lax.all_to_all(_rows_at(rows_MC, sent_DR.ravel()), _AXIS, 0, 0, tiled=True)",
+        "return _rows_at(rows_MC, sent_DR.ravel())",
+        MIXED,
+    ),
+    Mutation(
+        "tokens not sent back",
+        "expert.py",
+        "_rows_at(lax.all_to_all(places_SC, _AXIS, 0, 0, tiled=True), place_M)",
+        "_rows_at(places_SC, place_M)",
+        MIXED,
+    ),
+    Mutation(
+        "pairs not sorted by expert",
+        "expert.py",
+        "order_M = jnp.argsort(experts_M)",
+        "order_M = jnp.arange(experts_M.size)",
+        MIXED,
+    ),
+    Mutation(
+        "gates left out",
+        "expert.py",
+        "(mixed_NKC.astype(gates_NK.dtype) * gates_NK[..., None]).sum(1)",
+        "mixed_NKC.astype(gates_NK.dtype).sum(1)",
+        MIXED,
+    ),
+    Mutation(
+        "places without a row not last",
+        "expert.py",
+        "order_S = jnp.argsort(experts_DR.ravel())",
+        "order_S = jnp.arange(experts_DR.size)",
+        MIXED,
+    ),
+    Mutation("balance of another count", "expert.py", "* top_k)\n    balance", ")\n    balance", MIXED),
+]
+
 
 class Outcome(NamedTuple):
     mutation: Mutation

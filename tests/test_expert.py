@@ -130,7 +130,12 @@ def check(case: Case) -> None:
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-9), got, wanted)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    # Every other one is fast.
+    [pytest.param(case, marks=[pytest.mark.slow] * (number % 2)) for number, case in enumerate(CASES.values())],
+    ids=CASES,
+)
 def test_a_mixture_and_its_gradients_are_one_devices_on_every_mesh(case):
     check(case)
 
@@ -159,6 +164,20 @@ def exchange_whole(rows, into, starts, sizes, places, taken, *, axis_name):
 def test_the_ragged_form_of_the_exchange_does_the_same(name, monkeypatch):
     monkeypatch.setattr(lax, "ragged_all_to_all", exchange_whole)
     monkeypatch.setattr(lax, "platform_dependent", lambda rows, cpu, default: default(rows))
+    check(CASES[name])
+
+
+@pytest.mark.parametrize("name", ["expert_4_all_ties", "expert_8"])
+def test_what_a_grouped_product_gives_after_the_last_group_spreads_to_no_gradient(name, monkeypatch):
+    multiply = lax.ragged_dot
+
+    def multiply_and_spoil(rows, kernel, counts):
+        is_row = (jnp.arange(rows.shape[0]) < counts.sum())[:, None]
+        # The rows that are left count among the last group's, so that their gradients spoil its kernel's.
+        all_rows = counts.at[-1].add((rows.shape[0] - counts.sum()).astype(counts.dtype))
+        return multiply(rows, kernel, all_rows) + jnp.where(is_row, 0, jnp.nan)
+
+    monkeypatch.setattr(lax, "ragged_dot", multiply_and_spoil)
     check(CASES[name])
 
 
@@ -414,7 +433,10 @@ def train(kind, init_fn, loss_fn, **build):
     )
 
 
-@pytest.mark.parametrize("kind", ["data_expert", "fsdp_expert", "expert_model", "data"])
+@pytest.mark.parametrize(
+    "kind",
+    ["data_expert", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp_expert", "expert_model", "data"))],
+)
 def test_an_nnx_mixture_with_its_losses_trains_like_one_device(kind):
     assert train(kind, init_nnx, balanced_loss).steps == 3
 
@@ -423,7 +445,7 @@ def test_a_linen_mixture_with_its_losses_trains_like_one_device():
     assert train("data_expert", init_linen, balanced_loss).steps == 3
 
 
-@pytest.mark.parametrize("kind", ["data_expert", "fsdp_expert"])
+@pytest.mark.parametrize("kind", [pytest.param("data_expert", marks=pytest.mark.slow), "fsdp_expert"])
 def test_microbatches_without_the_balance_loss_make_the_step_of_the_whole_batch(kind):
     train(kind, init_nnx, plain_loss, num_microbatches=2)
     (batch,) = make_batches(1)

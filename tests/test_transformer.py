@@ -3,6 +3,8 @@
 B rows, T bytes, C features, H heads, K key/value heads, D head size.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxpar
-from jaxpar.transformer import Sizes, Transformer, attend_causally, rotate
+from jaxpar.transformer import Features, Sizes, Transformer, attend_causally, rotate
 
 SIZES = Sizes(d_model=64, layers=2, heads=8, kv_heads=4, hidden=128)
 TEXT_BT = np.random.default_rng(0).integers(0, 256, (2, 12), dtype=np.uint8)
@@ -40,6 +42,24 @@ def test_grouped_heads_are_plain_heads_with_keys_and_values_shared():
     np.testing.assert_allclose(attend_causally(q, k, v), attend_causally(q, *shared), rtol=1e-5, atol=1e-6)
 
 
+def test_rotation_goes_by_positions_where_they_are_given():
+    x_BTHD = jax.random.normal(jax.random.key(0), (2, 8, 3, 16))
+    order = jaxpar.zigzag_order(8, 2)
+    whole = rotate(x_BTHD)
+    np.testing.assert_allclose(rotate(x_BTHD[:, order], jnp.asarray(order)), whole[:, order], rtol=1e-5, atol=1e-6)
+    each = jnp.tile(jnp.asarray(order), (2, 1))
+    np.testing.assert_allclose(rotate(x_BTHD[:, order], each), whole[:, order], rtol=1e-5, atol=1e-6)
+
+
+def test_experts_add_their_penalty_to_each_rows_loss():
+    model = make_model(make_mlp=functools.partial(jaxpar.MoE, num_experts=4))
+    logits, penalty_B = model.predict(TEXT_BT)
+    assert logits.shape == (2, 12, 256)
+    # Balance is 1 or more a layer, and the router's logits are small at first.
+    assert (penalty_B >= 2 * 0.01).all()
+    assert (make_model().predict(TEXT_BT)[1] == 0).all()
+
+
 def test_rotated_products_depend_on_distance_alone():
     q, k = (jnp.tile(jax.random.normal(jax.random.key(i), (1, 1, 1, 16)), (1, 9, 1, 1)) for i in range(2))
     scores_TS = jnp.einsum("bthd,bshd->ts", rotate(q), rotate(k))
@@ -58,7 +78,7 @@ def test_attention_and_mlp_are_arguments():
             return jnp.zeros_like(x_BTC)
 
     model = make_model(attend=lambda q_BTHD, k_BTKD, v_BTKD: jnp.zeros_like(q_BTHD), make_mlp=Nothing)
-    assert model.blocks[0].mlp.sizes == (64, 128)
+    assert model.blocks.mlp.sizes == (64, 128)
     bare = model.embed.attend(model.norm(model.embed(TEXT_BT.astype(np.int32))))
     np.testing.assert_array_equal(model(TEXT_BT), bare)
 
@@ -67,22 +87,24 @@ def test_attention_and_mlp_are_arguments():
 def test_every_layer_computes_in_the_dtype_of_its_parameters(dtype):
     graphdef, params = nnx.split(make_model())
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
-    hidden = model.blocks[1](model.blocks[0](model.embed(TEXT_BT.astype(np.int32))))
-    assert hidden.dtype == dtype
+    graphdef, layers = nnx.split(model.blocks)
+    block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], layers))
+    x_BTC, _ = block(Features(model.embed(TEXT_BT.astype(np.int32)), jnp.zeros(len(TEXT_BT))))
+    assert x_BTC.dtype == dtype
     assert model(TEXT_BT).dtype == jnp.float32
 
 
 SPECS = {
     "embed/embedding": P("model", None),
-    "attention/query/kernel": P(None, "model", None),
-    "attention/key/kernel": P(None, "model", None),
-    "attention/value/kernel": P(None, "model", None),
-    "attention/out/kernel": P("model", None, None),
-    "mlp/up/kernel": P(None, "model"),
-    "mlp/gate/kernel": P(None, "model"),
-    "mlp/down/kernel": P("model", None),
-    "norm1/scale": P(None),
-    "norm2/scale": P(None),
+    "attention/query/kernel": P(None, None, "model", None),
+    "attention/key/kernel": P(None, None, "model", None),
+    "attention/value/kernel": P(None, None, "model", None),
+    "attention/out/kernel": P(None, "model", None, None),
+    "mlp/up/kernel": P(None, None, "model"),
+    "mlp/gate/kernel": P(None, None, "model"),
+    "mlp/down/kernel": P(None, "model", None),
+    "norm1/scale": P(None, None),
+    "norm2/scale": P(None, None),
     "norm/scale": P(None),
 }
 
@@ -90,7 +112,7 @@ SPECS = {
 def test_megatron_splits_every_leaf_but_the_norms():
     layout = jaxpar.sharded(jaxpar.make_mesh(data=2, model=4), jaxpar.MEGATRON).layout(init_fn)
     specs = {row.path: row.spec for row in layout.rows if row.path.startswith("params/")}
-    assert len(specs) == 9 * SIZES.layers + 2
+    assert len(specs) == len(SPECS)
     for path, spec in specs.items():
         end = next(end for end in SPECS if path.endswith(end))
         assert spec == SPECS[end], path
