@@ -132,8 +132,8 @@ def check(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    # Every other one is fast.
-    [pytest.param(case, marks=[pytest.mark.slow] * (number % 2)) for number, case in enumerate(CASES.values())],
+    # Every fourth one is fast.
+    [pytest.param(case, marks=[pytest.mark.slow] * bool(number % 4)) for number, case in enumerate(CASES.values())],
     ids=CASES,
 )
 def test_a_mixture_and_its_gradients_are_one_devices_on_every_mesh(case):
@@ -160,14 +160,22 @@ def exchange_whole(rows, into, starts, sizes, places, taken, *, axis_name):
     return into
 
 
-@pytest.mark.parametrize("name", ["expert_4_ties", "expert_8", "data_2_expert_4_each_to_all", "expert_8_all_to_one"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "expert_8",
+        "data_2_expert_4_each_to_all",
+        pytest.param("expert_4_ties", marks=pytest.mark.slow),
+        pytest.param("expert_8_all_to_one", marks=pytest.mark.slow),
+    ],
+)
 def test_the_ragged_form_of_the_exchange_does_the_same(name, monkeypatch):
     monkeypatch.setattr(lax, "ragged_all_to_all", exchange_whole)
     monkeypatch.setattr(lax, "platform_dependent", lambda rows, cpu, default: default(rows))
     check(CASES[name])
 
 
-@pytest.mark.parametrize("name", ["expert_4_all_ties", "expert_8"])
+@pytest.mark.parametrize("name", ["expert_8", pytest.param("expert_4_all_ties", marks=pytest.mark.slow)])
 def test_what_a_grouped_product_gives_after_the_last_group_spreads_to_no_gradient(name, monkeypatch):
     multiply = lax.ragged_dot
 
@@ -205,7 +213,13 @@ def test_narrow_inputs_are_mixed_in_their_dtype_and_routed_in_float32(dtype, tol
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"stage": 2, "expert": 4}, {"data": 2, "stage": 2, "expert": 2}, {"stage": 2, "expert": 2, "model": 2}]
+    "sizes",
+    [
+        {"data": 2, "stage": 2, "expert": 2},
+        pytest.param({"stage": 2, "expert": 4}, marks=pytest.mark.slow),
+        pytest.param({"stage": 2, "expert": 2, "model": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_mixture_stands_in_an_island_over_stage(sizes):
     with jax.enable_x64(True):
@@ -298,8 +312,17 @@ def find_collectives(sizes, *, top_k=2, backward=True):
     return found
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("sizes", [{"expert": 4}, {"data": 2, "expert": 4}, {"expert": 4, "model": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "top_k"),
+    [
+        ({"expert": 4}, 3),
+        ({"data": 2, "expert": 4}, 2),
+        pytest.param({"expert": 4}, 1, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "expert": 4}, 1, marks=pytest.mark.slow),
+        pytest.param({"expert": 4, "model": 2}, 2, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_tokens_travel_to_their_experts_and_back_in_two_all_to_alls_each_way(sizes, top_k):
     tokens = 64 * 16 // math.prod(size for axis, size in sizes.items() if axis != "model")
     # Each of 4 owners has 2 experts, so there is room for 2 of a token's choices at most.
@@ -328,7 +351,9 @@ def test_without_an_expert_axis_no_token_leaves_its_device():
     assert large == [EXPERTS * WIDTH * HIDDEN * 4] * 3
 
 
-@pytest.mark.parametrize("sizes", [{"model": 4}, {"expert": 2, "model": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"model": 4}, pytest.param({"expert": 2, "model": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_hidden_features_split_over_model_cost_one_all_reduce_of_tokens_each_way(sizes):
     tokens = 64 * 16 // sizes.get("expert", 1)
     for backward, count in [(False, 1), (True, 2)]:
@@ -441,23 +466,31 @@ def test_an_nnx_mixture_with_its_losses_trains_like_one_device(kind):
     assert train(kind, init_nnx, balanced_loss).steps == 3
 
 
+@pytest.mark.slow
 def test_a_linen_mixture_with_its_losses_trains_like_one_device():
     assert train("data_expert", init_linen, balanced_loss).steps == 3
 
 
-@pytest.mark.parametrize("kind", [pytest.param("data_expert", marks=pytest.mark.slow), "fsdp_expert"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data_expert", "fsdp_expert"])
+def test_a_mixture_in_microbatches_trains_like_one_device(kind):
+    assert train(kind, init_nnx, balanced_loss, num_microbatches=2).steps == 3
+
+
+@pytest.mark.parametrize("kind", ["data_expert", pytest.param("fsdp_expert", marks=pytest.mark.slow)])
 def test_microbatches_without_the_balance_loss_make_the_step_of_the_whole_batch(kind):
-    train(kind, init_nnx, plain_loss, num_microbatches=2)
     (batch,) = make_batches(1)
     with jax.enable_x64(True):
         strategy = STRATEGIES[kind]()
+        state, batch = strategy.init(init_nnx, jax.random.key(0)), strategy.shard_batch(batch)
         steps = [jaxpar.make_train_step(plain_loss, strategy, num_microbatches=count) for count in (1, 2)]
-        after = [step(strategy.init(init_nnx, jax.random.key(0)), strategy.shard_batch(batch)) for step in steps]
+        after = [step(strategy.place(state), batch) for step in steps]
         (_, whole), (_, parts) = after
     np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-6)
     np.testing.assert_allclose(parts["grad_norm"], whole["grad_norm"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_under_pmap_each_shard_has_its_own_balance():
     assert train("pmap", init_nnx, balanced_loss).steps == 3
 
