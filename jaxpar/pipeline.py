@@ -4,7 +4,6 @@ One program runs on every device of the axis. What a stage gives goes to the nex
 nothing to do in, `lax.cond` leaves out.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,15 +91,19 @@ class _Flow(NamedTuple):
 def _gpipe(flow: _Flow, leaves: Any, x: Any, more: Any) -> Any:
     """What this stage gives on each microbatch, with a leading dim for the stage: zeros but at the last one."""
     stage, count = lax.axis_index(STAGE), flow.microbatches
-    run = jax.checkpoint(functools.partial(run_layers, flow.fn))
+
+    # Around the cond, not in it: else the loop would keep the layers' leaves of each tick beside its input.
+    @jax.checkpoint
+    def run(leaves: Any, x: Any, more: Any, number: Any) -> Any:
+        active = (number >= 0) & (number < count)
+        return when(active, lambda x: run_layers(flow.fn, leaves, x, more, number), lambda x: x, x)
 
     def tick(carry: Any, time: Any) -> Any:
         x_before, out = carry
         number = time - stage
         x_here = jax.tree.map(lambda own, sent: jnp.where(stage == 0, take_rows(own, count, time), sent), x, x_before)
-        active = (number >= 0) & (number < count)
-        y = when(active, lambda x: run(leaves, x, more, number), lambda x: x, x_here)
-        ends = active & (stage == flow.stages - 1)
+        y = run(leaves, x_here, more, number)
+        ends = (number >= 0) & (stage == flow.stages - 1)
         out = jax.tree.map(lambda o, part: lax.cond(ends, _put, lambda o, *_: o, o, part, number), out, y)
         return (send(y, flow.stages), out), None
 

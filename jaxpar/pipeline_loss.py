@@ -15,6 +15,7 @@ from jaxpar.schedule import SCHEDULES
 from jaxpar.stack import (
     STAGE,
     PipelineError,
+    Trace,
     as_part,
     check_layers,
     check_microbatches,
@@ -24,6 +25,7 @@ from jaxpar.stack import (
     send,
     split_floats,
     take_microbatch,
+    trace,
     when,
 )
 
@@ -77,14 +79,20 @@ def pipeline_loss(
     rows = count_rows(batch, "batch")
     check_microbatches(stage_microbatches, rows, stages)
     leaves = tuple(part.leaves for part in parts)
-    x = jax.eval_shape(parts[0].fn, leaves[0], jax.eval_shape(lambda: take_microbatch(batch, stage_microbatches, 0)), 0)
-    check_layers(parts[1], x, (), stages)
+    # Alike on every mesh: 1F1B has gradients of the loss's total alone, for parameters alone.
+    batch = lax.stop_gradient(batch)
+    part_rows = jax.eval_shape(lambda: take_microbatch(batch, stage_microbatches, 0))
+    first_trace = trace(parts[0].fn, leaves[0], part_rows, 0)
+    layer_trace = check_layers(parts[1], first_trace.shapes, (), stages)
+    if schedule == "1f1b":
+        last_trace = trace(parts[2].fn, leaves[2], first_trace.shapes, part_rows, 0)
+        _check_captured({"first": first_trace, "blocks": layer_trace, "last": last_trace})
     flow = _LossFlow(tuple(part.fn for part in parts), stages, stage_microbatches)
     if stages == 1:
-        return _accumulate(flow, leaves, batch)
+        return _only_total(_accumulate(flow, leaves, batch))
     floats, others = zip(*map(split_floats, leaves), strict=True)
     run = _sum_1f1b if schedule == "1f1b" else _sum_forward
-    return run(flow, floats, others, batch)
+    return _only_total(run(flow, floats, others, batch))
 
 
 class _LossFlow(NamedTuple):
@@ -102,7 +110,6 @@ def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple
         stage, run = lax.axis_index(STAGE), _bind(flow, others)
         x_zero, sums_zero = run.zeros(floats, batch)
 
-        @jax.checkpoint
         def forward(floats: Any, x: Any, number: Any) -> Any:
             rows = take_microbatch(batch, flow.microbatches, number)
             x = lax.cond(stage == 0, lambda x: run.first(floats[0], rows, number), lambda x: x, x)
@@ -110,11 +117,15 @@ def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple
             end = lambda y: run.sums(floats[2], y, rows, number)
             return y, lax.cond(stage == flow.stages - 1, end, lambda y: sums_zero, y)
 
+        # Around the cond, not in it: else the loop would keep the parameters of each tick beside its input.
+        @jax.checkpoint
+        def forward_or_idle(floats: Any, x: Any, number: Any) -> Any:
+            active = (number >= 0) & (number < flow.microbatches)
+            return when(active, forward, lambda floats, x, number: (x, sums_zero), floats, x, number)
+
         def tick(carry: Any, time: Any) -> Any:
             x, sums = carry
-            number = time - stage
-            active = (number >= 0) & (number < flow.microbatches)
-            y, more = when(active, forward, lambda floats, x, number: (x, sums_zero), floats, x, number)
+            y, more = forward_or_idle(floats, x, time - stage)
             return (send(y, flow.stages), jax.tree.map(jnp.add, sums, more)), None
 
         (_, sums), _ = lax.scan(tick, (x_zero, sums_zero), jnp.arange(flow.microbatches + flow.stages - 1))
@@ -267,6 +278,21 @@ def _over_stages(fn: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     part_specs = (PartitionSpec(), PartitionSpec(STAGE), PartitionSpec())
     in_specs = (part_specs, part_specs, PartitionSpec())
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False)
+
+
+def _only_total(sums: tuple[Weighted, dict[str, Any]]) -> tuple[Weighted, dict[str, Any]]:
+    """The sums, with a gradient through the loss's total alone."""
+    loss, metrics = sums
+    return Weighted(loss.total, lax.stop_gradient(loss.weight)), lax.stop_gradient(metrics)
+
+
+def _check_captured(traces: dict[str, Trace]) -> None:
+    for name, traced in traces.items():
+        if traced.captured:
+            raise PipelineError(
+                f"{name} uses a value of shape {traced.captured[0].shape}, to be differentiated, that is not among its "
+                "parameters; give it as one of them, by (fn, params), or use schedule='gpipe'."
+            )
 
 
 def _as_sums(result: Any, rows: int) -> tuple[Weighted, dict[str, Any]]:

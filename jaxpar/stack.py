@@ -128,8 +128,23 @@ def check_microbatches(count: Any, rows: int, stages: int) -> None:
         )
 
 
-def check_layers(run: Part, x: Any, more: Any, stages: int) -> None:
-    """Raises PipelineError unless a stack divides by the stages, and its layers keep the shape of `x`."""
+class Trace(NamedTuple):
+    """What a function does: the shapes it gives, and the values that it uses without being given, to differentiate."""
+
+    shapes: Any
+    captured: list[Any]
+
+
+def trace(fn: Callable[..., Any], *args: Any) -> Trace:
+    """Returns what `fn(*args)` would do."""
+    jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    # JAX has no public name for the tracers of a derivative.
+    is_differentiated = lambda const: type(const).__name__ in ("JVPTracer", "LinearizeTracer")
+    return Trace(shapes, list(filter(is_differentiated, jaxpr.consts)))
+
+
+def check_layers(run: Part, x: Any, more: Any, stages: int) -> Trace:
+    """Returns what a layer does; raises PipelineError unless the stack divides by the stages, and keeps x's shape."""
     shapes = [np.shape(leaf) for leaf in run.leaves]
     counts = {shape[:1] for shape in shapes}
     if len(counts) != 1 or counts == {()}:
@@ -141,10 +156,11 @@ def check_layers(run: Part, x: Any, more: Any, stages: int) -> None:
         raise PipelineError(f"{layers} layers do not divide by {stages} stages; give a multiple of {stages}.")
     first = [jax.eval_shape(lambda leaf: leaf[0], leaf) for leaf in run.leaves]
     given = jax.tree.map(lambda leaf: (np.shape(leaf), jnp.result_type(leaf)), x)
-    made = jax.eval_shape(lambda leaves, x, more: run.fn(leaves, x, *more, 0), first, x, more)
-    made = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
+    traced = trace(lambda leaves, x, more: run.fn(leaves, x, *more, 0), first, x, more)
+    made = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), traced.shapes)
     if made != given:
         raise PipelineError(f"A layer turns x from {given} into {made}; the next one needs it as it was.")
+    return traced
 
 
 def _check_unchanged(before: Any, after: Any) -> None:

@@ -93,6 +93,8 @@ CELLS = [
 ]
 FAST = [
     ("data_stage", "1f1b", 0.0, 1),
+    # A ring of as many slots as stages would be too short for its microbatches.
+    ("stage", "1f1b", 0.0, 1),
     ("stages", "pipeline", 0.3, 1),
     ("stage_model", "gpipe", 0.0, 1),
     ("fsdp_stage", "1f1b", 0.0, 1),
@@ -190,13 +192,83 @@ def test_dropout_is_another_in_each_microbatch_and_layer():
 def test_what_a_layer_is_given_besides_is_whole_for_every_microbatch():
     params, shift = jnp.arange(1.0, 5.0), jnp.arange(3.0)
     with jax.set_mesh(sub_mesh(data=2, stage=4)):
-        out = jax.jit(lambda x: pipeline((lambda w, x, s: x * w + s, params), x, shift, stage_microbatches=4))(
-            jnp.ones((8, 3))
-        )
-    expected = np.ones(3)
+        # Rows that differ: each must come back in its own place.
+        x = jnp.arange(24.0).reshape(8, 3)
+        out = jax.jit(lambda x: pipeline((lambda w, x, s: x * w + s, params), x, shift, stage_microbatches=4))(x)
+    expected = np.arange(24.0).reshape(8, 3)
     for w in np.arange(1.0, 5.0):
         expected = expected * w + np.arange(3.0)
-    np.testing.assert_allclose(out, np.tile(expected, (8, 1)))
+    np.testing.assert_allclose(out, expected)
+
+
+def mean_square(schedule, params, layer, x):
+    """Returns the mean square of what a stack makes of `x`, by `pipeline` or by `pipeline_loss`."""
+    if schedule == "pipeline":
+        return (pipeline((layer, params), x, stage_microbatches=4) ** 2).mean()
+    first, last = (lambda _, batch: batch, ()), (lambda _, x, batch: (x**2).mean(), ())
+    loss, _ = pipeline_loss(first, (layer, params), last, x, stage_microbatches=4, schedule=schedule)
+    return loss.total / loss.weight
+
+
+def attend(w, x):
+    heads = x.reshape(*x.shape[:2], 2, -1)
+    mixed = jaxpar.ring_attention((x @ w["query"]).reshape(heads.shape), heads, heads, is_causal=True)
+    return x + mixed.reshape(x.shape)
+
+
+def mix(w, x):
+    kernels = jaxpar.ExpertKernels(w["up"], w["gate"], w["down"])
+    return x + jaxpar.mixture_of_experts(x, w["router"], kernels)[0]
+
+
+ISLANDS = {
+    "context": (attend, {"query": (8, 8)}),
+    "expert": (mix, {"router": (8, 4), "up": (4, 8, 16), "gate": (4, 8, 16), "down": (4, 16, 8)}),
+}
+
+
+@pytest.mark.parametrize("schedule", ["pipeline", "1f1b", "gpipe"])
+@pytest.mark.parametrize("axis", ISLANDS)
+def test_islands_stand_inside_the_layers(axis, schedule):
+    layer, shapes = ISLANDS[axis]
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = {name: jnp.asarray(rng.normal(size=(LAYERS, *shape)) * 0.3) for name, shape in shapes.items()}
+        x = jnp.asarray(rng.normal(size=(8, 8, 8)))
+        run = lambda schedule: jax.jit(jax.value_and_grad(lambda params: mean_square(schedule, params, layer, x)))
+        expected = run("pipeline")(params)
+        with jax.set_mesh(sub_mesh(**{"stage": 2, axis: 2})):
+            got = run(schedule)(params)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_metrics_weights_and_the_batch_have_no_gradient_on_any_mesh(schedule):
+    def objective(layers, x):
+        last = (lambda _, x, batch: (jaxpar.Weighted((x**3).sum(), (x**2).sum()), {"size": abs(x).mean()}), ())
+        first = (lambda _, batch: batch, ())
+        loss, metrics = pipeline_loss(first, (double, layers), last, x, stage_microbatches=4, schedule=schedule)
+        return loss.total / loss.weight + metrics["size"].total / metrics["size"].weight
+
+    gradients = jax.jit(jax.grad(objective, argnums=(0, 1)))
+    layers, x = jnp.arange(1.0, 5.0) / 4, jnp.arange(8.0 * WIDTH).reshape(8, WIDTH) / WIDTH
+    alone = gradients(layers, x)
+    with jax.set_mesh(sub_mesh(stage=4)):
+        split = gradients(layers, x)
+    np.testing.assert_allclose(np.asarray(split[0]), np.asarray(alone[0]), rtol=1e-5)
+    assert not np.any(alone[1])
+    assert not np.any(split[1])
+
+
+def test_what_1f1b_can_not_differentiate_is_named():
+    def objective(scale):
+        last = (lambda _, x, batch: (x * scale).mean(), ())
+        return pipeline_loss((lambda _, b: b, ()), (double, FOUR), last, X, stage_microbatches=4)[0].total
+
+    text = r"last uses a value of shape \(\), to be differentiated, that is not among its parameters; give it as one"
+    with jax.set_mesh(sub_mesh(stage=4)), pytest.raises(PipelineError, match=text):
+        jax.grad(objective)(jnp.ones(()))
 
 
 def compile_step(loss, stage_microbatches, rows, strategy, *, width=64, tokens=16):
@@ -236,6 +308,30 @@ def test_1f1b_needs_no_more_memory_for_more_microbatches():
     assert used["gpipe"][-1] > 2 * used["gpipe"][0], used
 
 
+@pytest.mark.parametrize("schedule", ["pipeline", "gpipe"])
+def test_gpipe_keeps_of_each_microbatch_its_input_and_no_copy_of_the_layers(schedule):
+    width, rows = 256, 4
+    params = jax.ShapeDtypeStruct((LAYERS, width, width), jnp.float32)
+    layer = lambda w, x: jnp.tanh(x @ w)
+
+    def temp_bytes(count):
+        x = jax.ShapeDtypeStruct((rows * count, width), jnp.float32)
+        first, last = (lambda _, batch: batch, ()), (lambda _, x, batch: (x**2).mean(), ())
+
+        def loss(params, x):
+            if schedule == "pipeline":
+                return (pipeline((layer, params), x, stage_microbatches=count) ** 2).mean()
+            return pipeline_loss(first, (layer, params), last, x, stage_microbatches=count, schedule=schedule)[0].total
+
+        with jax.set_mesh(sub_mesh(stage=4)):
+            compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = temp_bytes(4), temp_bytes(20)
+    boundary = rows * width * 4
+    assert (many - few) / 16 < 8 * boundary < width * width * 4 / 2, (few, many)
+
+
 _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
@@ -263,6 +359,38 @@ def test_one_boundary_activation_travels_each_way_and_gradients_are_summed_once(
     sizes = [shape for _, shapes in outside for shape in shapes]
     assert sizes.count("f32[1,64,64]") == 1
     assert not [shape for shape in sizes if shape == "f32[4,64,64]"]
+
+
+# With 2 stages of 2 layers and 4 microbatches. A backward pass runs what it goes back over again, but 1F1B's last stage
+# and its head run nowhere else.
+CALLS = {
+    "pipeline": {"layer": 4 * 4 * 2},
+    "gpipe": {"first": 4 * 2, "layer": 4 * 4 * 2, "last": 4 * 2},
+    "1f1b": {"first": 4 * 2, "layer": 2 * 4 + 4 * 4, "last": 4},
+}
+
+
+@pytest.mark.parametrize("schedule", CALLS)
+def test_idle_ticks_run_no_layer_and_other_stages_neither_embedding_nor_head(schedule):
+    calls = []
+
+    def count(name, x):
+        # With an operand: one without would be moved out of the loop over the layers.
+        jax.debug.callback(lambda _: calls.append(name), x)
+        return x
+
+    def loss(layers):
+        layer = (lambda w, x: count("layer", x * w), layers)
+        if schedule == "pipeline":
+            return (pipeline(layer, X, stage_microbatches=4) ** 2).mean()
+        first = (lambda w, batch: count("first", batch * w), jnp.ones(()))
+        last = (lambda w, x, batch: count("last", x * w).mean(), jnp.ones(()))
+        return pipeline_loss(first, layer, last, X, stage_microbatches=4, schedule=schedule)[0].total
+
+    with jax.set_mesh(sub_mesh(stage=2)):
+        jax.block_until_ready(jax.jit(jax.grad(loss))(FOUR))
+    jax.effects_barrier()
+    assert collections.Counter(calls) == CALLS[schedule]
 
 
 def test_idle_ticks_are_left_out_in_the_step_that_the_builder_makes():
