@@ -1140,7 +1140,7 @@ def _apply(mutation: Mutation, path: pathlib.Path) -> None:
 
 def _run_test(folder: pathlib.Path, *tests: str) -> tuple[int, str]:
     # The folder comes first on the path, before the installed package: its jaxpar is what is imported.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", "--tb=no", *tests]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
