@@ -57,6 +57,9 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
     stages = island_size(STAGE)
     run = as_part(blocks)
     rows = count_rows(x, "x")
+    if rows == 1:
+        # As the builder takes a padded batch, row by row: there is nothing to cut.
+        stages = stage_microbatches = 1
     check_layers(run, x, more, stages)
     check_microbatches(stage_microbatches, rows, stages)
     if stages == 1 and not has_keys((run.leaves, more)):

@@ -77,6 +77,9 @@ def pipeline_loss(
     stages = island_size(STAGE)
     parts = tuple(map(as_part, (first, blocks, last)))
     rows = count_rows(batch, "batch")
+    if rows == 1:
+        # As the builder takes a padded batch, row by row: there is nothing to cut.
+        stages = stage_microbatches = 1
     check_microbatches(stage_microbatches, rows, stages)
     leaves = tuple(part.leaves for part in parts)
     # Alike on every mesh: 1F1B has gradients of the loss's total alone, for parameters alone.

@@ -177,6 +177,23 @@ def test_evaluation_and_training_see_the_same_loss():
     assert held_out[1]["plain"] == pytest.approx(float(metrics["plain"]), rel=1e-6)
 
 
+def test_a_padded_batch_counts_its_rows_alone():
+    strategy, (batch, more) = STRATEGIES["data_stage"](), make_batches(2)
+    batches = [batch, {key: leaf[:27] for key, leaf in more.items()}]
+    state = strategy.init(make_init_fn(0.0), jax.random.key(0))
+    split = jaxpar.evaluate(jaxpar.make_eval_step(LOSSES["1f1b"], strategy), state, batches)
+    lone = jaxpar.sharded(sub_mesh(data=1))
+    step = jaxpar.make_eval_step(
+        lambda model, batch, rng: masked_loss(model.embed.attend(model.norm(run_in_turn(model, batch))), batch), lone
+    )
+    expected = jaxpar.evaluate(step, lone.place(state), batches)
+    assert split[0] == pytest.approx(expected[0], rel=1e-6)
+
+
+def run_in_turn(model, batch):
+    return pipeline(model.blocks, model.embed(batch["x"]), stage_microbatches=1)
+
+
 def test_dropout_is_another_in_each_microbatch_and_layer():
     blocks = make_stack(0.5, nnx.Rngs(0))
     x = jnp.ones((8, WIDTH))
