@@ -5,9 +5,10 @@ import pytest
 
 
 @pytest.mark.slow
-def test_every_mutation_is_caught():
-    outcomes = mutations.run_mutations()
-    assert len(outcomes) == len(mutations.MUTATIONS)
+def test_every_third_mutation_is_caught():
+    # All of them, by `python tests/mutations.py`, take ten minutes.
+    outcomes = mutations.run_mutations(every=3)
+    assert len(outcomes) == -(-len(mutations.MUTATIONS) // 3)
     assert [outcome.mutation.name for outcome in outcomes if not outcome.caught] == []
 
 
