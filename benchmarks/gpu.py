@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 import jaxpar
-from jaxpar.transformer import Sizes, Transformer
+from jaxpar.transformer import Features, Sizes, Transformer
 
 # Dense bf16 arithmetic, operations a second, from NVIDIA's data sheets (without sparsity).
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -37,8 +37,8 @@ def make_loss(remat):
 
     def loss_fn(model, batch, rng):
         x = model.embed(batch["tokens"][:, :-1])
-        for block in model.blocks:
-            x = run(block, x)
+        features = Features(x, jnp.zeros(x.shape[0], jnp.float32))
+        x, _ = jaxpar.pipeline((run, model.blocks), features, stage_microbatches=1)
         logits = model.embed.attend(model.norm(x)).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:]).mean(), {}
 
