@@ -13,6 +13,8 @@ from jax import lax
 from jaxpar.state import is_key
 
 STAGE = "stage"
+# Counts of random draws are the step's affair, and nnx.remat gives parameters back as other tracers.
+_MAY_CHANGE = (nnx.RngState, nnx.Param)
 
 
 class PipelineError(ValueError):
@@ -166,7 +168,7 @@ def check_layers(run: Part, x: Any, more: Any, stages: int) -> Trace:
 def _check_unchanged(before: Any, after: Any) -> None:
     old = dict(nnx.to_flat_state(before))
     for path, variable in nnx.to_flat_state(after):
-        if not isinstance(variable, nnx.RngState) and variable.get_value() is not old[path].get_value():
+        if not isinstance(variable, _MAY_CHANGE) and variable.get_value() is not old[path].get_value():
             raise PipelineError(
                 f"{'/'.join(map(str, path))!r} changes while a layer runs, as BatchNorm's statistics do; a pipeline "
                 "has no order in which to change it. Use a norm without running statistics, as nnx.LayerNorm."

@@ -867,7 +867,7 @@ MUTATIONS += [
     Mutation(
         "state changes unseen",
         "stack.py",
-        "if not isinstance(variable, nnx.RngState) and variable.get_value() is not old[path].get_value():",
+        "if not isinstance(variable, _MAY_CHANGE) and variable.get_value() is not old[path].get_value():",
         "if False:",
         PIPELINE + "what_can_not_be_is_named_before_any_compile[a layer that changes its own variables]",
     ),

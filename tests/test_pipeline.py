@@ -190,6 +190,12 @@ def test_a_padded_batch_counts_its_rows_alone():
     assert split[0] == pytest.approx(expected[0], rel=1e-6)
 
 
+def test_layers_may_be_rematerialised_by_flax():
+    blocks, x = make_stack(0.0, nnx.Rngs(0)), jnp.ones((8, WIDTH))
+    again = pipeline((nnx.remat(lambda block, x: block(x)), blocks), x, stage_microbatches=4)
+    np.testing.assert_allclose(again, pipeline(blocks, x, stage_microbatches=4), rtol=1e-6)
+
+
 def run_in_turn(model, batch):
     return pipeline(model.blocks, model.embed(batch["x"]), stage_microbatches=1)
 
