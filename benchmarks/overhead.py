@@ -107,7 +107,7 @@ def dispatch(kind, num_devices, *, quick):
     batch = strategy.shard_batch({"x": np.ones((8, 4), np.float32)})
     ours = jaxpar.make_train_step(loss_fn, strategy), state
     theirs = hand_step(by_hand, tx, shardings), carry
-    return compare(ours, theirs, batch, calls=50 if quick else 200, rounds=4 if quick else 30, wait=False)
+    return compare(ours, theirs, batch, calls=50, rounds=4 if quick else 160, wait=False)
 
 
 def step_time(name, *, quick):
