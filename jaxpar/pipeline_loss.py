@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jaxpar.loss import Weighted
 from jaxpar.mesh import island_size
-from jaxpar.schedule import SCHEDULES
+from jaxpar.schedule import check_name
 from jaxpar.stack import (
     STAGE,
     PipelineError,
@@ -57,7 +57,8 @@ def pipeline_loss(
       schedule: `"1f1b"` or `"gpipe"`.
 
     Raises:
-      PipelineError: as `pipeline` does; an unknown schedule.
+      PipelineError: as `pipeline` does.
+      ScheduleError: an unknown schedule.
 
     >>> import jaxpar
     >>> embed, head = jnp.eye(4), jnp.ones((4, 1))
@@ -72,8 +73,7 @@ def pipeline_loss(
     >>> float(loss), gradient.shape
     (256.0, (4, 4, 4))
     """
-    if schedule not in SCHEDULES:
-        raise PipelineError(f"schedule is {schedule!r}; give one of {', '.join(map(repr, SCHEDULES))}.")
+    check_name(schedule)
     stages = island_size(STAGE)
     parts = tuple(map(as_part, (first, blocks, last)))
     rows = count_rows(batch, "batch")
@@ -144,14 +144,14 @@ def _sum_1f1b(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[We
 
 
 def _sum_and_gradients(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Any, Any]:
-    """The sums, and the gradients of the loss's total: stage i goes back over m at tick m + 2 x stages - 1 - i."""
+    """The sums, and the gradients of the loss's total: stage i goes back over m at tick m + 2 x stages - 2 - i."""
     specs = (PartitionSpec(), PartitionSpec(STAGE), PartitionSpec())
     shard = functools.partial(_one_forward_one_backward, flow)
     return _over_stages(shard, (PartitionSpec(), specs))(floats, others, batch)
 
 
 def _one_forward_one_backward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Any, Any]:
-    stage, depth, count = lax.axis_index(STAGE), 2 * flow.stages, flow.microbatches
+    stage, depth, count = lax.axis_index(STAGE), 2 * flow.stages - 1, flow.microbatches
     run = _bind(flow, others)
     x_zero, sums_zero = run.zeros(floats, batch)
     backward = functools.partial(_go_back, flow, run, floats, batch)
@@ -170,7 +170,7 @@ def _one_forward_one_backward(flow: _LossFlow, floats: Any, others: Any, batch: 
         x, y = when(active, forward, lambda x, number: (x, x), x, number)
         keep = lambda slots, x: lax.dynamic_update_index_in_dim(slots, x, number % depth, 0)
         kept = lax.cond(active, lambda kept, x: jax.tree.map(keep, kept, x), lambda kept, x: kept, kept, x)
-        number = time - (2 * flow.stages - 1 - stage)
+        number = time - (2 * flow.stages - 2 - stage)
         active = (number >= 0) & (number < count)
         x = jax.tree.map(lambda slots: lax.dynamic_index_in_dim(slots, number % depth, 0, keepdims=False), kept)
         nothing = lambda x, pull, number: (pull, jax.tree.map(jnp.zeros_like, floats), sums_zero)
@@ -181,7 +181,7 @@ def _one_forward_one_backward(flow: _LossFlow, floats: Any, others: Any, batch: 
 
     kept = jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), x_zero)
     carry = (x_zero, x_zero, kept, jax.tree.map(wide, floats), sums_zero)
-    (*_, gradients, sums), _ = lax.scan(tick, carry, jnp.arange(count + 2 * flow.stages - 1))
+    (*_, gradients, sums), _ = lax.scan(tick, carry, jnp.arange(count + 2 * flow.stages - 2))
     first, layers, head = gradients
     sums, first, head = lax.psum((sums, first, head), STAGE)
     return sums, (first, layers, head)

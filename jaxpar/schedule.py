@@ -57,30 +57,36 @@ def make_schedule(name: str, stages: int, microbatches: int) -> list[Task]:
     for what, count in (("stages", stages), ("microbatches", microbatches)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ScheduleError(f"{what} is {count!r}; give a whole number, 1 or more.")
+    check_name(name)
+    warmups = [microbatches if name == "gpipe" else min(stages - stage, microbatches) for stage in range(stages)]
+    return _place([_order(warmup, microbatches) for warmup in warmups])
+
+
+def check_name(name: str) -> None:
+    """Raises ScheduleError unless a schedule of this name is known."""
     if name not in SCHEDULES:
         close = difflib.get_close_matches(str(name), SCHEDULES, n=1)
         aside = f" (nearest: {close[0]!r})" if close else ""
         raise ScheduleError(f"Schedule {name!r} is unknown{aside}; the schedules are {', '.join(SCHEDULES)}.")
-    warmups = [microbatches if name == "gpipe" else min(stages - stage, microbatches) for stage in range(stages)]
-    return _place([_order(warmup, microbatches) for warmup in warmups])
 
 
 def executed_tasks(stages: int, microbatches: int) -> list[Task]:
     """Returns the tasks of `jaxpar.pipeline_loss`'s 1F1B as they run, in ticks of one pass.
 
     Every device runs one program, whose rounds have a forward half and a backward half: stage i runs microbatch m
-    forward in round m + i, and backward in round m + 2 x stages - 1 - i. It holds up to 2 x stages inputs, twice those
-    of PipeDream-flush, and takes `microbatches + 2 x stages - 1` rounds. The last stage's forward pass is part of its
-    backward half.
+    forward in round m + i, and backward in round m + 2 x stages - 2 - i. It holds up to 2 x stages - 1 inputs, about
+    twice those of PipeDream-flush, and takes `microbatches + 2 x stages - 2` rounds. Of these the first `stages - 1`
+    have no backward half and the last ones no forward half, and a half that nobody runs takes no time: what is idle is
+    what PipeDream-flush leaves idle. The last stage's forward pass is part of its backward half.
 
     >>> simulate(executed_tasks(2, 3)).peak
-    (3, 2)
+    (3, 1)
     """
     tasks = []
     for stage in range(stages):
         for number in range(microbatches):
             tasks.append(Task(2 * (number + stage), stage, number, "F"))
-            tasks.append(Task(2 * (number + 2 * stages - 1 - stage) + 1, stage, number, "B"))
+            tasks.append(Task(2 * (number + 2 * stages - 2 - stage) + 1, stage, number, "B"))
     return sorted(tasks)
 
 

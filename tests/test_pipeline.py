@@ -19,6 +19,7 @@ from models import sub_mesh
 
 import jaxpar
 from jaxpar import PipelineError, pipeline, pipeline_loss
+from jaxpar.schedule import ScheduleError
 
 ROWS, TOKENS, VOCAB, WIDTH, HIDDEN, LAYERS = 32, 4, 16, 16, 32, 4
 SGD = optax.sgd(0.2, momentum=0.9)
@@ -503,7 +504,7 @@ BAD = {
             stage_microbatches=4,
             schedule="1f1",
         ),
-        "schedule is '1f1'; give one of 'gpipe', '1f1b'.",
+        "Schedule '1f1' is unknown (nearest: '1f1b'); the schedules are gpipe, 1f1b.",
     ),
 }
 
@@ -511,7 +512,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_can_not_be_is_named_before_any_compile(case):
     call, expected = BAD[case]
-    with jax.set_mesh(sub_mesh(data=2, stage=4)), pytest.raises(PipelineError) as caught:
+    with jax.set_mesh(sub_mesh(data=2, stage=4)), pytest.raises((PipelineError, ScheduleError)) as caught:
         jax.eval_shape(call)
     message = str(caught.value)
     for part in [expected] if isinstance(expected, str) else expected:

@@ -28,8 +28,8 @@ def test_gpipe_holds_every_microbatch_and_1f1b_no_more_than_the_stages_to_come(s
 @pytest.mark.parametrize(("stages", "microbatches"), SIZES)
 def test_what_runs_holds_at_most_twice_the_stages_and_no_more_for_more_microbatches(stages, microbatches):
     found = simulate(executed_tasks(stages, microbatches))
-    assert found.ticks == 2 * (microbatches + 2 * stages - 1)
-    assert found.peak == tuple(min(microbatches, 2 * (stages - stage)) for stage in range(stages))
+    assert found.ticks == 2 * (microbatches + 2 * stages - 2)
+    assert found.peak == tuple(min(microbatches, 2 * (stages - stage) - 1) for stage in range(stages))
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), SIZES)
