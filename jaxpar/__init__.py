@@ -11,13 +11,11 @@ if TYPE_CHECKING:
     from jaxpar import testing as testing
     from jaxpar.batch import BatchError as BatchError
     from jaxpar.batch import pad_batch as pad_batch
-    from jaxpar.context import ContextError as ContextError
     from jaxpar.context import ring_attention as ring_attention
     from jaxpar.context import split_sequence as split_sequence
     from jaxpar.context import ulysses_attention as ulysses_attention
-    from jaxpar.context import zigzag as zigzag
-    from jaxpar.context import zigzag_order as zigzag_order
     from jaxpar.data_parallel import data_parallel as data_parallel
+    from jaxpar.evaluation import EvalStep as EvalStep
     from jaxpar.evaluation import evaluate as evaluate
     from jaxpar.evaluation import make_eval_step as make_eval_step
     from jaxpar.expert import ExpertError as ExpertError
@@ -48,6 +46,10 @@ if TYPE_CHECKING:
     from jaxpar.rules import megatron as megatron
     from jaxpar.rules import stages as stages
     from jaxpar.rules import zero1 as zero1
+    from jaxpar.schedule import ScheduleError as ScheduleError
+    from jaxpar.sequence import ContextError as ContextError
+    from jaxpar.sequence import zigzag as zigzag
+    from jaxpar.sequence import zigzag_order as zigzag_order
     from jaxpar.sharded import sharded as sharded
     from jaxpar.stack import PipelineError as PipelineError
     from jaxpar.state import StateError as StateError
@@ -62,9 +64,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "batch": ("BatchError", "pad_batch"),
-    "context": ("ContextError", "ring_attention", "split_sequence", "ulysses_attention", "zigzag", "zigzag_order"),
+    "context": ("ring_attention", "split_sequence", "ulysses_attention"),
     "data_parallel": ("data_parallel",),
-    "evaluation": ("evaluate", "make_eval_step"),
+    "evaluation": ("EvalStep", "evaluate", "make_eval_step"),
     "expert": ("ExpertError", "ExpertKernels", "MoE", "MoELosses", "mixture_of_experts"),
     "layout": ("Layout", "LayoutRow"),
     "loss": ("LossError", "Weighted"),
@@ -73,6 +75,8 @@ _HOME = {
     "rules": ("EXPERT", "FSDP", "MEGATRON", "PIPELINE", "ZERO1", "experts", "fsdp", "megatron", "stages", "zero1"),
     "pipeline": ("pipeline",),
     "pipeline_loss": ("pipeline_loss",),
+    "schedule": ("ScheduleError",),
+    "sequence": ("ContextError", "zigzag", "zigzag_order"),
     "sharded": ("sharded",),
     "stack": ("PipelineError",),
     "state": ("StateError", "TrainState"),

@@ -43,7 +43,8 @@ def _make_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a byte-level transformer on text, on any mesh",
-        description="Trains a byte-level decoder-only transformer on text: the same curve on every mesh.",
+        description="Trains a byte-level decoder-only transformer on text, with the same curve on every mesh; but "
+        "experts are balanced over the rows that a stage or a microbatch sees at once.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -72,13 +73,13 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fake-devices", type=whole_number(1, _MAX_FAKE_DEVICES), metavar="N", help="run on N CPU devices, made up"
     )
+    group.add_argument("--microbatches", type=size, default=1, metavar="N", help="parts of a batch, in turn")
     group.add_argument(
         "--stage-microbatches",
         type=size,
         metavar="N",
-        help="parts of each that flow through the stages of --mesh stage=S, S or more; if not given, 2 S",
+        help="parts of each microbatch that flow through the stages of --mesh stage=S, S or more; if not given, 2 S",
     )
-    group.add_argument("--microbatches", type=size, default=1, metavar="N", help="parts of a batch, in turn")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
 
 

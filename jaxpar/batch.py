@@ -1,7 +1,8 @@
 """Batches: any pytree of arrays, its rows counted, checked and padded; changes with what users feed."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,14 +61,14 @@ def count_rows(batch: Any, is_shared: Callable[[str], bool] = lambda path: False
         if other[0] != shape[0]:
             raise BatchError(
                 f"Batch leaf {name} has {other[0]} examples, but {first} has {shape[0]}; all need the same first "
-                f"dim, or a batch rule (regex, jaxpar.WHOLE) for a leaf that is not one row an example."
+                "dim, or, for one without rows, a batch rule (regex, jaxpar.WHOLE) and pad_batch(..., whole=[regex])."
             )
     if not shape[0]:
         raise BatchError(f"Batch leaf {first} has the shape {shape}: 0 examples; at least 1 is needed.")
     return shape[0]
 
 
-def pad_batch(batch: Mapping[str, Any], multiple: int) -> dict[str, Any]:
+def pad_batch(batch: Mapping[str, Any], multiple: int, *, whole: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the batch with rows added up to the next multiple, and a float32 leaf `example_weight`, 0 for them.
 
     Train and eval steps multiply the weights in, and loss functions don't see them, so that padding counts for nothing.
@@ -77,6 +78,7 @@ def pad_batch(batch: Mapping[str, Any], multiple: int) -> dict[str, Any]:
       batch: a mapping of arrays, with the examples in dim 0; scalars stay as they are. If it has an `example_weight`
         already, that is padded with 0.
       multiple: what the rows must divide by: `strategy.num_shards`, times the microbatches.
+      whole: regexes of the leaves without rows, those that batch rules call `jaxpar.WHOLE`.
 
     Raises:
       BatchError: the batch is not a mapping, or its leaves have different numbers of rows.
@@ -86,8 +88,11 @@ def pad_batch(batch: Mapping[str, Any], multiple: int) -> dict[str, Any]:
     """
     if isinstance(multiple, bool) or not isinstance(multiple, int | np.integer) or multiple < 1:
         raise BatchError(f"multiple is {multiple!r}; give a whole number, 1 or more, as strategy.num_shards.")
-    rows = count_rows(read_batch(batch))
-    return pad_rows(batch, math.ceil(rows / multiple) * multiple)
+    if isinstance(whole, str) or not all(isinstance(pattern, str) for pattern in whole):
+        raise BatchError(f"whole= is {whole!r}; give a list of regexes, as ['table'].")
+    is_shared = lambda path: any(re.search(pattern, path) for pattern in whole)
+    rows = count_rows(read_batch(batch), is_shared)
+    return pad_rows(batch, math.ceil(rows / multiple) * multiple, is_shared)
 
 
 def pad_rows(
@@ -126,8 +131,11 @@ def check_weight(batch: Any, rows: int) -> None:
         raise BatchError(
             f"Batch leaf [{EXAMPLE_WEIGHT!r}] has shape {weight.shape}; give one weight an example: ({rows},)."
         )
-    if isinstance(weight, np.ndarray) and weight.size and not weight.min() >= 0:
-        raise BatchError(f"Batch leaf [{EXAMPLE_WEIGHT!r}] holds {weight.min()}; a weight is 0 or more.")
+    if not isinstance(weight, np.ndarray) and not getattr(weight, "is_fully_addressable", False):
+        return
+    least = np.asarray(weight).min(initial=0)
+    if not least >= 0:
+        raise BatchError(f"Batch leaf [{EXAMPLE_WEIGHT!r}] holds {least}; a weight is 0 or more.")
 
 
 def name_leaf(path: tuple) -> str:

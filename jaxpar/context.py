@@ -1,4 +1,4 @@
-"""Sequences split over devices: attention over the `context` axis, the order of its tokens, activations over `model`.
+"""Sequences split over devices: attention over the `context` axis, activations over `model`.
 
 B rows, T tokens, H query heads, K key/value heads, G query heads to a key/value head, D head size; N blocks of C tokens
 of queries, S of keys.
@@ -6,7 +6,7 @@ of queries, S of keys.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +15,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import island_size
+from jaxpar.mesh import check_axis_name, island_size
+from jaxpar.sequence import CONTEXT_SIZE, ContextError, check_divides
 
 _AXIS = "context"
-_SIZE = "the size of mesh axis 'context'"
-
-
-class ContextError(ValueError):
-    """Arrays that don't fit or can't be split along the sequence: the message gives both numbers."""
 
 
 def ring_attention(
@@ -98,7 +94,7 @@ def ulysses_attention(
     size, model = island_size(_AXIS), _automatic_size("model")
     masks = _check_arrays((q_BTHD, k_BTKD, v_BTKD), is_causal, positions, segment_ids, size)
     heads = q_BTHD.shape[2]
-    _check_divides(f"q has {heads} heads", heads, size, _SIZE, "use ring_attention, which leaves heads where they are")
+    check_divides(f"q has {heads} heads", heads, size, CONTEXT_SIZE, "use ring_attention, which splits no heads")
     # `model` is the outer of the two on the heads, so that none leaves its shard.
     axes = (_AXIS,) if model == 1 or heads % (size * model) else ("model", _AXIS)
     by_head, by_token = ((None, axes), (_AXIS,)) if size > 1 else ((), ())
@@ -108,52 +104,6 @@ def ulysses_attention(
     arrays = [_constrain(_constrain(x, by_token), by_head) for x in (q_BTHD, k_BTKD, v_BTKD)]
     masks = tuple(_constrain(mask, by_head[:1]) for mask in masks)
     return _constrain(_constrain(_attend(kernel, *arrays, masks), by_head), by_token)
-
-
-def zigzag_order(length: int, size: int) -> np.ndarray:
-    """Returns the order of tokens in which a causal mask gives each device of a `context` axis the same work.
-
-    Of 2 x size equal parts, by which the length must divide, device i gets part i and the one as far from the end.
-    `np.argsort` of the order is the way back.
-
-    >>> zigzag_order(8, 2)
-    array([0, 1, 6, 7, 2, 3, 4, 5])
-    """
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-        raise ContextError(f"size is {size!r}; give the size of the mesh axis 'context', as mesh.shape['context'].")
-    if size > 1:
-        _check_divides(f"The sequence has {length} tokens", length, 2 * size, f"twice {size}, {_SIZE}")
-    parts = np.array_split(np.arange(length), 2 * size)
-    return np.concatenate([part for i in range(size) for part in (parts[i], parts[-1 - i])])
-
-
-def zigzag(batch: Mapping[str, Any], size: int, *, keys: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns the batch with its tokens in `zigzag_order`, and a leaf `positions`, B T, that tells where each one was.
-
-    Give the positions to the attention and to a rotary embedding; then nothing depends on the order but the labels,
-    which are moved too: shift them before. `keys` names the entries, NumPy or JAX arrays or nests of them, whose dim 1
-    is the sequence; by default all, but for leaves of one dim. `size` is that of the mesh axis `context`.
-
-    Raises:
-      ContextError: lengths that differ or don't divide by 2 x size, an unknown key, no sequence.
-
-    >>> zigzag({"x": np.arange(8)[None]}, 2)
-    {'x': array([[0, 1, 6, 7, 2, 3, 4, 5]]), 'positions': array([[0, 1, 6, 7, 2, 3, 4, 5]], dtype=int32)}
-    """
-    if not isinstance(batch, Mapping) or set(keys or ()) - set(batch):
-        given = f"has {sorted(batch)}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
-        raise ContextError(f"The batch {given}, keys= is {keys}; give a dict, and names of entries that it has.")
-    chosen = {key: batch[key] for key in (batch if keys is None else keys) if key != "positions"}
-    shapes = {key: np.shape(leaf) for key in chosen for leaf in jax.tree.leaves(chosen[key]) if np.ndim(leaf) > 1}
-    if len({shape[:2] for shape in shapes.values()}) != 1:
-        raise ContextError(f"The batch has sequences of shapes {shapes}; name those of one length, as keys=['x', 'y'].")
-    rows, length = next(iter(shapes.values()))[:2]
-    positions, order = batch.get("positions", np.arange(length)), zigzag_order(length, size)
-    if np.shape(positions) not in ((length,), (rows, length)):
-        raise ContextError(f"positions has shape {np.shape(positions)}; give {(length,)} or {(rows, length)}.")
-    positions = (positions[..., order] + np.zeros((rows, 1), "int32")).astype("int32")
-    moved = jax.tree.map(lambda leaf: leaf[:, order] if np.ndim(leaf) > 1 else leaf, chosen)
-    return {**batch, **moved, "positions": positions}
 
 
 def split_sequence(x: jax.Array, *, axis: str = "model") -> jax.Array:
@@ -169,13 +119,14 @@ def split_sequence(x: jax.Array, *, axis: str = "model") -> jax.Array:
     ...     jax.jit(split_sequence)(jnp.ones((2, 8, 16))).sharding.spec[1]
     'model'
     """
+    check_axis_name(axis)
     if np.ndim(x) < 2:
         raise ContextError(f"x has shape {np.shape(x)}; split_sequence takes rows, tokens and any more dims.")
     if _automatic_size(axis) == 1:
         return x
     axes = tuple(name for name in dict.fromkeys((_AXIS, axis)) if _automatic_size(name) > 1)
     parts, tokens = math.prod(map(_automatic_size, axes)), x.shape[1]
-    _check_divides(f"x has {tokens} tokens", tokens, parts, f"the size of mesh axes {axes}")
+    check_divides(f"x has {tokens} tokens", tokens, parts, f"the size of mesh axes {axes}")
     return _constrain(x, (axes,))
 
 
@@ -370,6 +321,8 @@ def _make_kernel(q_BTHD: jax.Array, scale: Any, block_size: Any, size: int, spec
 def _check_arrays(arrays: Any, is_causal: bool, positions: Any, segment_ids: Any, size: int) -> tuple[jax.Array, ...]:
     """For each mask the numbers that it goes by, B T or 1 T; raises ContextError."""
     for name, x in zip("qkv", arrays, strict=True):
+        if not hasattr(x, "dtype"):
+            raise ContextError(f"{name} is a {type(x).__name__}; give an array.")
         is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype == arrays[0].dtype
         if np.ndim(x) != 4 or 0 in np.shape(x) or not is_float:
             expected = "rows, tokens, heads and head size, none of them 0, in one floating-point dtype for q, k and v"
@@ -378,19 +331,14 @@ def _check_arrays(arrays: Any, is_causal: bool, positions: Any, segment_ids: Any
     if any(x.shape != (b, t, k, d) for x in arrays[1:]):
         q, k, v = (x.shape for x in arrays)
         raise ContextError(f"q has shape {q}, k {k} and v {v}; k and v must be alike, and like q but for heads.")
-    _check_divides(f"q has {h} heads", h, k, "those of k and v", "repeat heads of k and v")
-    _check_divides(f"q has {t} tokens", t, size, _SIZE)
+    check_divides(f"q has {h} heads", h, k, "those of k and v", "repeat heads of k and v")
+    check_divides(f"q has {t} tokens", t, size, CONTEXT_SIZE)
     for name, x, shapes in (("positions", positions, [(t,), (b, t)]), ("segment_ids", segment_ids, [(b, t)])):
-        if x is not None and (np.shape(x) not in shapes or not jnp.issubdtype(x.dtype, jnp.integer)):
+        dtype = getattr(x, "dtype", None)
+        if x is not None and (dtype is None or np.shape(x) not in shapes or not jnp.issubdtype(dtype, jnp.integer)):
             choices = f"whole numbers, as int32, of shape {' or '.join(map(str, shapes))}"
-            raise ContextError(f"{name} is {x.dtype} of shape {np.shape(x)}; give {choices}, as q has rows and tokens.")
-    masks = (jnp.atleast_2d(jnp.arange(t) if positions is None else positions),) if is_causal else ()
+            given = f"{dtype or type(x).__name__} of shape {np.shape(x)}"
+            raise ContextError(f"{name} is {given}; give {choices}, as q has rows and tokens.")
+    masks = (jnp.atleast_2d(jnp.arange(t) if positions is None else jnp.asarray(positions)),) if is_causal else ()
     # Equal is no larger and no smaller; ~ turns the order of whole numbers round.
     return masks if segment_ids is None else (*masks, jnp.asarray(segment_ids), ~jnp.asarray(segment_ids))
-
-
-def _check_divides(given: str, count: int, parts: int, source: str, advice: str = "") -> None:
-    if count % parts:
-        down = count - count % parts
-        advice = advice or f"pad to {down + parts}{f', or use {down}' if down else ''}"
-        raise ContextError(f"{given}, which do not divide by {parts}, {source}; {advice}.")

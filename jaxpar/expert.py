@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import BATCH_AXES, automatic_axes, island_size
+from jaxpar.mesh import BATCH_AXES, automatic_axes, island_size, takes_rows_alone
 
 _AXIS = "expert"
 
@@ -98,9 +98,11 @@ def mixture_of_experts(
     >>> y.shape, losses.fractions.tolist()
     ((8, 4, 16), [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     """
-    size = island_size(_AXIS)
     _check_arrays(x, router, experts, top_k)
-    rows, tokens, hidden = _manual_axes(np.ndim(x), experts.up.shape[-1])
+    if takes_rows_alone():
+        size, (rows, tokens, hidden) = 1, ((), (), ())
+    else:
+        size, (rows, tokens, hidden) = island_size(_AXIS), _manual_axes(np.ndim(x), experts.up.shape[-1])
     _check_split(x, router.shape[-1], size, (rows, tokens))
     wide = jnp.promote_types(x.dtype, jnp.float32)
     # A TPU would else multiply float32 as bfloat16: near ties would be broken by rounding.

@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 
 from jaxpar.batch import EXAMPLE_WEIGHT, BatchError, count_rows, match_path
+from jaxpar.mesh import ROW_AXIS
 from jaxpar.state import StateError, Static, build_model, is_key, named_leaves, read_model_state
 
 Values = Any
@@ -149,11 +150,11 @@ def sum_values(
     values, after = call(batch, ())
     if weight is not None:
         _check_unchanged(model_state, after)
-        _check_values(values, rows)
+        check_values(values, rows)
         if not all(_is_per_example(value, rows) for value in _leaves(values)):
             # A scalar has mixed real rows with padding already: take the rows one by one instead.
             values = _call_by_row(call, batch, rows, is_shared)
-    _check_values(values, rows)
+    check_values(values, rows)
     return jax.tree.map(
         lambda value: _sum_value(value, weight, rows, fraction, keep_rows), values, is_leaf=_is_weighted
     ), after
@@ -221,8 +222,8 @@ def _like(after: Any, before: Any) -> Any:
     return jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), after, before)
 
 
-def _check_values(values: Values, rows: int) -> None:
-    """Names the value that can't be summed over examples."""
+def check_values(values: Values, rows: int) -> None:
+    """Raises LossError, which names it, for a value that can't be summed over `rows` examples."""
     for path, value in jax.tree_util.tree_leaves_with_path(values, is_leaf=_is_weighted):
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "the value"
         parts = (value.total, value.weight) if isinstance(value, Weighted) else (value,)
@@ -263,7 +264,7 @@ def _call_by_row(call: Callable, batch: Any, rows: int, is_shared: Callable[[str
         values, _ = call(jax.tree.unflatten(treedef, lone), (row,))
         return jax.tree.map(_one_row, values, is_leaf=_is_weighted)
 
-    return jax.vmap(call_one, in_axes=(0, *axes))(jnp.arange(rows), *(leaf for _, leaf in leaves))
+    return jax.vmap(call_one, in_axes=(0, *axes), axis_name=ROW_AXIS)(jnp.arange(rows), *(leaf for _, leaf in leaves))
 
 
 def _one_row(value: Any) -> Any:

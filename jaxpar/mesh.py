@@ -13,6 +13,8 @@ from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "stage", "expert", "context", "model")
 BATCH_AXES = ("data", "fsdp", "expert")
+# What `jax.vmap` calls the rows of a padded batch, where the model sees one after the other.
+ROW_AXIS = "jaxpar_row"
 
 
 class MeshError(ValueError):
@@ -65,6 +67,7 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
             raise MeshError(f"Mesh axis {axis!r} has size {size!r}; a size is a whole number, 1 or more, or -1 once.")
     chosen = check_devices(jax.devices() if devices is None else devices)
     shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen.size)
+    check_axis_name(slice_axis)
     if slices != 1 or slice_of is not None:
         laid = _lay_slices(shape, chosen, slices, slice_axis, slice_of)
         return Mesh(laid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
@@ -146,7 +149,7 @@ def island_size(axis: str) -> int:
         return 1
     if axis in mesh.manual_axes:
         raise MeshError(f"An island over {axis!r} stands inside another one over {axis!r}; one of them is enough.")
-    later = [outer for outer in mesh.manual_axes if AXES.index(outer) > AXES.index(axis)]
+    later = [outer for outer in mesh.manual_axes if outer in AXES and AXES.index(outer) > AXES.index(axis)]
     if later:
         raise MeshError(
             f"An island over {axis!r} stands inside one over {later[0]!r}; islands nest from the outer axis to the "
@@ -168,6 +171,14 @@ def automatic_axes() -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     first = 1 + max((AXES.index(axis) for axis in mesh.manual_axes if axis in AXES), default=-1)
     return tuple(axis for axis in AXES[first:] if mesh.shape.get(axis, 1) > 1 and not _is_bound(axis))
+
+
+def takes_rows_alone() -> bool:
+    """Returns whether the builder calls the model on one row after the other, as it does with a padded batch.
+
+    There is nothing to split then, and an island is its plain function.
+    """
+    return _is_bound(ROW_AXIS)
 
 
 def _is_bound(axis: str) -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import island_size
+from jaxpar.mesh import island_size, takes_rows_alone
 from jaxpar.stack import (
     STAGE,
     as_part,
@@ -22,6 +22,7 @@ from jaxpar.stack import (
     has_keys,
     run_layers,
     send,
+    take_microbatch,
     take_rows,
     when,
 )
@@ -38,15 +39,17 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
     Args:
       blocks: the stack, each leaf with a leading dim of layers: an nnx module as `nnx.vmap` makes it, called as
         `block(x, *more)`, or a pair `(fn, params)`, called as `fn(layer_params, x, *more)`. Random keys among the
-        leaves have the microbatch folded in. `jaxpar.PIPELINE` splits what is named `blocks` or `layers`.
+        leaves, made by `jax.random.key`, have the microbatch folded in. `jaxpar.PIPELINE` splits what is named
+        `blocks` or `layers`.
       x: a pytree of arrays, their rows in dim 0; the layers give it back with its shapes and dtypes.
-      *more: further arguments that every layer gets whole, for all rows: positions, a mask.
+      *more: further arguments that every layer gets whole, for all rows: a random key, into which the microbatch is
+        folded, or what has no rows. What has rows, as a mask of each one, belongs in `x`.
       stage_microbatches: into how many parts to cut the rows, at least as many as there are stages; part m is rows
         m::n. The part (stages - 1) / (n + stages - 1) of the time is idle.
 
     Raises:
       PipelineError: layers that don't divide by the stages, rows that don't by the microbatches, fewer microbatches
-        than stages, a layer that changes the shape of `x` or variables of its own.
+        than stages, a layer that changes the shape of `x` or variables of its own, or can't take a microbatch.
 
     >>> import jaxpar
     >>> params = jnp.stack([jnp.eye(3) * 2] * 4)
@@ -54,14 +57,11 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
     ...     jax.jit(lambda x: pipeline((lambda w, x: x @ w, params), x, stage_microbatches=4))(jnp.ones((8, 3)))[0]
     Array([16., 16., 16.], dtype=float32)
     """
-    stages = island_size(STAGE)
     run = as_part(blocks)
     rows = count_rows(x, "x")
-    if rows == 1:
-        # As the builder takes a padded batch, row by row: there is nothing to cut.
-        stages = stage_microbatches = 1
-    check_layers(run, x, more, stages)
+    stages, stage_microbatches = (1, 1) if takes_rows_alone() else (island_size(STAGE), stage_microbatches)
     check_microbatches(stage_microbatches, rows, stages)
+    check_layers(run, jax.eval_shape(lambda: take_microbatch(x, stage_microbatches, 0)), more, stages)
     if stages == 1 and not has_keys((run.leaves, more)):
         return run_layers(run.fn, run.leaves, x, more, 0)
     if stages == 1:

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from jaxpar.loss import Weighted
-from jaxpar.mesh import island_size
+from jaxpar.loss import Weighted, check_values, read_loss
+from jaxpar.mesh import island_size, takes_rows_alone
 from jaxpar.schedule import check_name
 from jaxpar.stack import (
     STAGE,
@@ -28,6 +30,7 @@ from jaxpar.stack import (
     trace,
     when,
 )
+from jaxpar.state import is_key
 
 
 def pipeline_loss(
@@ -41,6 +44,9 @@ def pipeline_loss(
 ) -> tuple[Weighted, dict[str, Any]]:
     """Returns `(loss, metrics)` of a whole model over stages, each `Weighted`, as a loss function gives them.
 
+    The loss's total alone has a gradient, for the parameters alone: none goes through its weight, the metrics or the
+    batch.
+
     The embedding runs at the first stage alone, head and loss at the last one. Under `"1f1b"` (Narayanan et al. 2021,
     https://arxiv.org/abs/2104.04473) a microbatch goes back as soon as it has come through: gradients are computed
     beside the loss, and memory doesn't grow with the number of microbatches. `"gpipe"` is JAX's own backward pass over
@@ -52,12 +58,13 @@ def pipeline_loss(
       blocks: the stack of layers, as for `pipeline`.
       last: what makes the loss: `last(x, batch)`, or `fn(params, x, batch)`. It gives the loss or `(loss, metrics)`,
         means over the microbatch's rows, or `Weighted`. A table that `first` has too (tied) gets both gradients.
-      batch: a pytree of arrays, their rows in dim 0; scalars are whole for each microbatch. It gets no gradient.
+      batch: a pytree of arrays, their rows in dim 0; scalars are whole for each microbatch.
       stage_microbatches: into how many parts to cut the rows, at least as many as there are stages.
       schedule: `"1f1b"` or `"gpipe"`.
 
     Raises:
-      PipelineError: as `pipeline` does.
+      PipelineError: as `pipeline` does; a batch that is differentiated; float16 parameters under 1F1B.
+      LossError: what `last` returns can't be summed over rows.
       ScheduleError: an unknown schedule.
 
     >>> import jaxpar
@@ -74,20 +81,18 @@ def pipeline_loss(
     (256.0, (4, 4, 4))
     """
     check_name(schedule)
-    stages = island_size(STAGE)
+    stages, stage_microbatches = (1, 1) if takes_rows_alone() else (island_size(STAGE), stage_microbatches)
     parts = tuple(map(as_part, (first, blocks, last)))
     rows = count_rows(batch, "batch")
-    if rows == 1:
-        # As the builder takes a padded batch, row by row: there is nothing to cut.
-        stages = stage_microbatches = 1
     check_microbatches(stage_microbatches, rows, stages)
     leaves = tuple(part.leaves for part in parts)
     # Alike on every mesh: 1F1B has gradients of the loss's total alone, for parameters alone.
-    batch = lax.stop_gradient(batch)
+    batch = jax.tree.map(_refuse_gradient, batch)
     part_rows = jax.eval_shape(lambda: take_microbatch(batch, stage_microbatches, 0))
     first_trace = trace(parts[0].fn, leaves[0], part_rows, 0)
     layer_trace = check_layers(parts[1], first_trace.shapes, (), stages)
     if schedule == "1f1b":
+        _check_no_float16(leaves)
         last_trace = trace(parts[2].fn, leaves[2], first_trace.shapes, part_rows, 0)
         _check_captured({"first": first_trace, "blocks": layer_trace, "last": last_trace})
     flow = _LossFlow(tuple(part.fn for part in parts), stages, stage_microbatches)
@@ -289,6 +294,32 @@ def _only_total(sums: tuple[Weighted, dict[str, Any]]) -> tuple[Weighted, dict[s
     return Weighted(loss.total, lax.stop_gradient(loss.weight)), lax.stop_gradient(metrics)
 
 
+@jax.custom_jvp
+def _refuse_gradient(leaf: Any) -> Any:
+    """The leaf; PipelineError where it is to be differentiated."""
+    return leaf
+
+
+def _refuse_tangent(primals: Any, tangents: Any) -> Any:
+    if type(tangents[0]) is not SymbolicZero:
+        raise PipelineError(
+            f"A leaf of the batch, of shape {np.shape(primals[0])}, is computed from parameters, but pipeline_loss "
+            "gives the batch no gradient: compute it in `first`, or wrap it in jax.lax.stop_gradient."
+        )
+    return primals[0], tangents[0]
+
+
+_refuse_gradient.defjvp(_refuse_tangent, symbolic_zeros=True)
+
+
+def _check_no_float16(leaves: Any) -> None:
+    if any(jnp.result_type(leaf) == jnp.float16 for leaf in jax.tree.leaves(leaves) if not is_key(leaf)):
+        raise PipelineError(
+            "The parameters are float16, whose loss scale comes too late for 1F1B: it makes gradients beside the loss, "
+            "and small ones would be lost. Use compute_dtype=jnp.bfloat16, or schedule='gpipe'."
+        )
+
+
 def _check_captured(traces: dict[str, Trace]) -> None:
     for name, traced in traces.items():
         if traced.captured:
@@ -300,7 +331,10 @@ def _check_captured(traces: dict[str, Trace]) -> None:
 
 def _as_sums(result: Any, rows: int) -> tuple[Weighted, dict[str, Any]]:
     """A loss and metrics as sums over a microbatch's rows."""
-    loss, metrics = result if isinstance(result, tuple) else (result, {})
+    loss, metrics, updates = read_loss(result)
+    if updates is not None:
+        raise PipelineError("last returned three values; give the loss, or (loss, metrics).")
+    check_values({**metrics, "loss": loss}, rows)
 
     def sum_up(value: Any) -> Weighted:
         wide = lambda x: jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))

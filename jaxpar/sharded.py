@@ -114,7 +114,8 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         )
 
     def constrain(array: Any, spec: PartitionSpec) -> Any:
-        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+        # A spec alone, for the mesh that is set: a sharding of `mesh` doesn't know which axes are manual here.
+        return jax.lax.with_sharding_constraint(array, spec)
 
     engine = Engine(
         batch_spec,

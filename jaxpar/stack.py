@@ -29,7 +29,10 @@ class Part(NamedTuple):
 
 
 def as_part(part: Any) -> Part:
-    """Returns an nnx module, or a function and its parameters, as a function of plain leaves."""
+    """Returns an nnx module, or a function and its parameters, as a function of plain leaves.
+
+    The microbatch is folded into every typed random key that it gets.
+    """
     fn, node = part if isinstance(part, tuple) and len(part) == 2 else (None, part)
     if (fn is None and not isinstance(node, nnx.Module)) or not (fn is None or callable(fn)):
         raise PipelineError(f"A part of the model is a {type(part).__name__}; give an nnx module, or (fn, params).")
@@ -38,17 +41,19 @@ def as_part(part: Any) -> Part:
         leaves, treedef = jax.tree.flatten(node)
 
         def call(leaves: Any, *args: Any) -> Any:
-            return fn(jax.tree.unflatten(treedef, _fold_keys(leaves, args[-1])), *args[:-1])  # pyright: ignore
+            leaves, given = _fold_keys((leaves, args[:-1]), args[-1])
+            return fn(jax.tree.unflatten(treedef, leaves), *given)  # pyright: ignore
 
         return Part(call, leaves)
     graphdef, state = nnx.split(node)
     leaves, treedef = jax.tree.flatten(state)
 
     def call_nnx(leaves: Any, *args: Any) -> Any:
-        state = jax.tree.unflatten(treedef, _fold_keys(leaves, args[-1]))
+        leaves, given = _fold_keys((leaves, args[:-1]), args[-1])
+        state = jax.tree.unflatten(treedef, leaves)
         # copy=True: without it counters keep the trace in which they were made.
         merged: Any = nnx.merge(graphdef, state, copy=True)
-        out = merged(*args[:-1]) if fn is None else fn(merged, *args[:-1])
+        out = merged(*given) if fn is None else fn(merged, *given)
         _check_unchanged(state, nnx.state(merged))
         return out
 
@@ -158,7 +163,17 @@ def check_layers(run: Part, x: Any, more: Any, stages: int) -> Trace:
         raise PipelineError(f"{layers} layers do not divide by {stages} stages; give a multiple of {stages}.")
     first = [jax.eval_shape(lambda leaf: leaf[0], leaf) for leaf in run.leaves]
     given = jax.tree.map(lambda leaf: (np.shape(leaf), jnp.result_type(leaf)), x)
-    traced = trace(lambda leaves, x, more: run.fn(leaves, x, *more, 0), first, x, more)
+    try:
+        traced = trace(lambda leaves, x, more: run.fn(leaves, x, *more, 0), first, x, more)
+    except (TypeError, ValueError) as error:
+        rows = count_rows(x, "x")
+        longer = [np.shape(leaf) for leaf in jax.tree.leaves(more) if np.ndim(leaf) and np.shape(leaf)[0] > rows]
+        if not longer:
+            raise
+        raise PipelineError(
+            f"A layer can't take a microbatch of {rows} rows beside an argument of shape {longer[0]}: what follows x "
+            "is whole for every microbatch. Put what has rows into x, a pytree, which the layer gives back."
+        ) from error
     made = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), traced.shapes)
     if made != given:
         raise PipelineError(f"A layer turns x from {given} into {made}; the next one needs it as it was.")
@@ -175,5 +190,5 @@ def _check_unchanged(before: Any, after: Any) -> None:
             )
 
 
-def _fold_keys(leaves: list[Any], number: Any) -> list[Any]:
-    return [jax.random.fold_in(leaf, number) if is_key(leaf) else leaf for leaf in leaves]
+def _fold_keys(tree: Any, number: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.random.fold_in(leaf, number) if is_key(leaf) else leaf, tree)

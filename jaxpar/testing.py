@@ -304,8 +304,9 @@ def _relative_norms(gradients: Any) -> dict[str, float]:
 
 
 def _find_noise(norms: list[dict[str, float]]) -> tuple[str, ...]:
-    """The parameters whose gradient was rounding noise at every step."""
-    return tuple(path for path in norms[0] if all(norm[path] < NOISE for norm in norms))
+    """The parameters whose gradient was rounding noise at every step; one that is exactly 0 is none, but unused."""
+    shares = {path: [norm[path] for norm in norms] for path in norms[0]}
+    return tuple(path for path, found in shares.items() if 0 < max(found) < NOISE)
 
 
 def _with_params(state: TrainState, source: TrainState, paths: tuple[str, ...]) -> TrainState:

@@ -63,8 +63,16 @@ def train(options: argparse.Namespace) -> int:
 def loss_fn(model: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
     """Returns each row's mean loss in nats per byte, and what experts add; no metrics of its own."""
     logits, penalty_B = model.predict(batch["x"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"].astype(jnp.int32))
-    return losses.mean(axis=-1) + penalty_B, {}
+    return _nats_per_byte(logits, batch["y"]) + penalty_B, {}
+
+
+def score_fn(model: Any, batch: Any, rng: jax.Array) -> jax.Array:
+    """Returns each row's mean loss in nats per byte, without what experts add."""
+    return _nats_per_byte(model.predict(batch["x"])[0], batch["y"])
+
+
+def _nats_per_byte(logits: jax.Array, bytes_BT: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, bytes_BT.astype(jnp.int32)).mean(axis=-1)
 
 
 def continue_bytes(model: nnx.Module, prompt_BT: jax.Array, count: int, seed: int) -> jax.Array:
@@ -166,6 +174,14 @@ def _make_fake_devices(count: int) -> list[jax.Device]:
 
 def _check_fit(options: argparse.Namespace, strategy: jaxpar.Strategy) -> None:
     """Raises UsageError unless batch, sequence, heads, layers and experts divide over the mesh."""
+    stages, parts = strategy.mesh.shape.get("stage", 1), options.stage_microbatches
+    if parts and stages == 1:
+        raise UsageError(f"--stage-microbatches {parts} needs stages: give --mesh stage=2, or leave it out.")
+    if parts and parts < stages:
+        raise UsageError(
+            f"--stage-microbatches {parts} leaves some of {stages} stages idle; give {stages} or more, better "
+            f"{4 * stages}."
+        )
     shards, rows = strategy.num_shards, options.batch_size
     parts = options.microbatches * _stage_microbatches(options, strategy.mesh)
     unit = shards * parts
@@ -201,7 +217,7 @@ def _make_init_fn(
     if mesh.shape.get("context", 1) > 1:
         parts["attend"] = functools.partial(jaxpar.ring_attention, is_causal=True)
     if options.experts:
-        parts["make_mlp"] = functools.partial(jaxpar.MoE, num_experts=options.experts)
+        parts["make_mlp"] = functools.partial(jaxpar.MoE, num_experts=options.experts, top_k=min(2, options.experts))
     peak = options.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, options.steps // 10, options.steps, peak / 10)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
@@ -249,9 +265,8 @@ def _score(job: _Job, state: jaxpar.TrainState) -> tuple[float, int]:
             max_windows=max(1, _HELD_OUT_BYTES // options.seq_len),
         )
     )
-    eval_step = jaxpar.make_eval_step(loss_fn, job.strategy, compute_dtype=_compute_dtype(options))
-    loss, _ = jaxpar.evaluate(eval_step, state, batches)
-    return loss, sum(batch["x"].size for batch in batches)
+    eval_step = jaxpar.make_eval_step(score_fn, job.strategy, compute_dtype=_compute_dtype(options))
+    return jaxpar.evaluate(eval_step, state, batches), sum(batch["x"].size for batch in batches)
 
 
 def _sample(job: _Job, state: jaxpar.TrainState) -> tuple[bytes, bytes]:

@@ -407,7 +407,7 @@ MUTATIONS += [
     Mutation(
         "positions forgotten",
         "context.py",
-        "jnp.arange(t) if positions is None else positions)",
+        "jnp.arange(t) if positions is None else jnp.asarray(positions))",
         "jnp.arange(t))",
         RING + "[ring_of_4_zigzag]",
     ),
@@ -507,14 +507,14 @@ MUTATIONS += [
     ),
     Mutation(
         "zigzag pairs parts that aren't as far from the ends",
-        "context.py",
+        "sequence.py",
         "(parts[i], parts[-1 - i])",
         "(parts[i], parts[i + size])",
         BALANCE,
     ),
     Mutation(
         "positions not moved with their tokens",
-        "context.py",
+        "sequence.py",
         "(positions[..., order] +",
         "(positions +",
         CONTEXT + "zigzag_moves_every_sequence_and_says_where_its_tokens_were",

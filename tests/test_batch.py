@@ -152,6 +152,22 @@ def test_the_default_lays_examples_over_the_batch_axes_and_the_sequence_over_con
     assert strategy.abstract_batch(batch)["x"].sharding.spec == spec
 
 
+def test_a_leaf_without_rows_is_not_padded_where_it_is_named():
+    padded = jaxpar.pad_batch({"x": np.arange(6), "table": np.eye(3)}, 4, whole=["^table$"])
+    assert padded["table"].shape == (3, 3)
+    assert padded["example_weight"].tolist() == [1] * 6 + [0] * 2
+    with pytest.raises(jaxpar.BatchError, match=r"pad_batch\(\.\.\., whole=\[regex\]\)"):
+        jaxpar.pad_batch({"x": np.arange(6), "table": np.eye(3)}, 4)
+    with pytest.raises(jaxpar.BatchError, match=r"whole= is 'table'; give a list of regexes"):
+        jaxpar.pad_batch({"x": np.arange(6)}, 4, whole="table")
+
+
+@pytest.mark.parametrize("weight", [-jnp.ones(8), jnp.full(8, jnp.nan), np.array([1.0] * 7 + [-2])])
+def test_weights_below_0_are_named_on_devices_too(weight):
+    with pytest.raises(jaxpar.BatchError, match=r"'example_weight'.* holds (-1.0|nan|-2.0); a weight is 0 or more"):
+        jaxpar.pad_batch({"x": np.arange(8), "example_weight": weight}, 8)
+
+
 def test_a_whole_leaf_is_on_every_device_and_not_counted():
     strategy = jaxpar.sharded(jaxpar.make_mesh(data=8), batch_rules=[("table", jaxpar.WHOLE)])
     placed = strategy.shard_batch({"x": np.ones((16, 2)), "table": np.arange(5.0)})

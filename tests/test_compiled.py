@@ -225,3 +225,13 @@ def test_bf16_compute_gathers_split_parameters_in_bf16():
     # Each split parameter is cast while it is split; the compiled program on CPU gathers in float32 all the same.
     narrow = re.findall(r"sdy.sharding_constraint .*\"fsdp\".*: tensor<([\dx]+)xbf16>", text)
     assert {"8x32", "32x8"} <= set(narrow)
+
+
+def test_bf16_tables_may_be_indexed_in_microbatches_on_a_manual_axis():
+    strategy = jaxpar.sharded(sub_mesh(data=4, fsdp=2), jaxpar.FSDP)
+    init_fn = lambda rng: jaxpar.TrainState.create({"params": {"embed": jnp.ones((256, 128))}}, optax.sgd(0.1))
+    loss_fn = lambda model, batch, rng: ((model["params"]["embed"][batch["x"]] ** 2).mean(), {})
+    state = strategy.init(init_fn, jax.random.key(0))
+    step = jaxpar.make_train_step(loss_fn, strategy, num_microbatches=2, compute_dtype=jnp.bfloat16)
+    _, metrics = step(state, strategy.shard_batch({"x": np.arange(16) % 256}))
+    assert float(metrics["loss"]) == 1

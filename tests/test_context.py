@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec as P
 from models import VOCAB, NnxBlock, make_embed, sub_mesh
 
 import jaxpar
-from jaxpar import context
-from jaxpar.context import ContextError, ring_attention, split_sequence, ulysses_attention, zigzag, zigzag_order
+from jaxpar import ContextError, context, ring_attention, split_sequence, ulysses_attention, zigzag, zigzag_order
 from jaxpar.testing import assert_trains_like_one_device
 
 ATTENTIONS = {"ring": ring_attention, "ulysses": ulysses_attention}
@@ -598,6 +597,11 @@ ATTENTION_ERRORS = {
         {"positions": jnp.ones(8)},
         "positions is float32 of shape (8,); give whole numbers, as int32, of shape (8,) or (2, 8)",
     ),
+    "positions in a list": (
+        {},
+        {"positions": [0] * 8},
+        "positions is list of shape (8,); give whole numbers, as int32, of shape (8,) or (2, 8)",
+    ),
     "segments of one row": (
         {},
         {"segment_ids": INTS(8)},
@@ -633,6 +637,21 @@ def test_heads_that_ulysses_can_not_share_out_are_named():
         ulysses_attention(*arrays)
 
 
+def test_an_unknown_axis_to_split_the_sequence_over_is_named():
+    with pytest.raises(jaxpar.MeshError, match=r"Mesh axis 'modle' is unknown \(nearest: 'model'\)"):
+        split_sequence(jnp.ones((2, 8, 4)), axis="modle")
+
+
+def test_an_island_stands_in_a_shard_map_over_an_axis_of_the_users_own():
+    arrays = [jnp.ones(ONES[key]) for key in "qkv"]
+    mesh = jax.make_mesh((2, 4), ("mine", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        split = P("mine")
+        mine = jax.shard_map(ring_attention, in_specs=split, out_specs=split, axis_names={"mine"}, check_vma=False)
+        found = jax.jit(mine)(*arrays)
+    np.testing.assert_allclose(found, ring_attention(*arrays), rtol=1e-6)
+
+
 def test_an_island_in_another_over_context_is_named():
     q, k, v = (jnp.ones(ONES[key]) for key in "qkv")
     split = P(None, "context")
@@ -652,17 +671,26 @@ OTHER_ERRORS = {
     "zigzag key": (lambda: zigzag({"x": X}, 2, keys=["y"]), "The batch has ['x'], keys= is ['y']; give a dict, and"),
     "zigzag lengths": (
         lambda: zigzag({"x": X, "y": X[:, :8]}, 2),
-        "The batch has sequences of shapes {'x': (2, 12), 'y': (2, 8)}; name those of one length, as keys=['x', 'y'].",
+        "The batch has sequences of shapes {\"['x']\": (2, 12), \"['y']\": (2, 8)}; name those of one length, as keys=",
+    ),
+    "zigzag lengths in an entry": (
+        lambda: zigzag({"inputs": {"a": X, "b": X[:, :8]}}, 2),
+        "The batch has sequences of shapes {\"['inputs']['a']\": (2, 12), \"['inputs']['b']\": (2, 8)}; name those",
     ),
     "zigzag of nothing": (lambda: zigzag({"x": X[0]}, 2), "The batch has sequences of shapes {}; name those"),
     "zigzag positions": (
         lambda: zigzag({"x": X, "positions": np.arange(8)}, 2),
-        "positions has shape (8,); give (12,) or (2, 12).",
+        "positions is a ndarray of shape (8,); give an array, (12,) or (2, 12).",
     ),
     "split tokens": (
         lambda: split_sequence(jnp.ones((2, 12, 3))),
         "x has 12 tokens, which do not divide by 8, the size of mesh axes ('context', 'model'); pad to 16, or use 8.",
     ),
+    "zigzag positions in a list": (
+        lambda: zigzag({"x": X, "positions": list(range(12))}, 2),
+        "positions is a list of shape (12,); give an array, (12,) or (2, 12).",
+    ),
+    "a list": (lambda: ring_attention([1.0], X, X), "q is a list; give an array."),
     "split dims": (lambda: split_sequence(jnp.ones(12)), "x has shape (12,); split_sequence takes rows, tokens"),
 }
 

@@ -490,6 +490,15 @@ def test_microbatches_without_the_balance_loss_make_the_step_of_the_whole_batch(
     np.testing.assert_allclose(parts["grad_norm"], whole["grad_norm"], rtol=1e-6)
 
 
+def test_a_padded_batch_is_mixed_row_by_row():
+    (batch,) = make_batches(1)
+    padded = jaxpar.pad_batch({key: leaf[:13] for key, leaf in batch.items()}, 16)
+    report = assert_trains_like_one_device(
+        init_nnx, plain_loss, [padded], STRATEGIES["data_expert"](), dtypes=("float64",)
+    )
+    assert report.steps == 1
+
+
 @pytest.mark.slow
 def test_under_pmap_each_shard_has_its_own_balance():
     assert train("pmap", init_nnx, balanced_loss).steps == 3

@@ -62,6 +62,14 @@ BAD_ARGUMENTS = {
         ["train", "--mesh", "data=2,expert=4", "--experts", "6", *EIGHT],
         "--experts 6 does not divide by 4, the size of mesh axis 'expert'; give 8, or 4.",
     ),
+    "stage microbatches without stages": (
+        ["train", "--stage-microbatches", "4", *EIGHT],
+        "--stage-microbatches 4 needs stages: give --mesh stage=2, or leave it out.",
+    ),
+    "fewer stage microbatches than stages": (
+        ["train", "--mesh", "data=2,stage=4", "--layers", "4", "--stage-microbatches", "2", *EIGHT],
+        "--stage-microbatches 2 leaves some of 4 stages idle; give 4 or more, better 16.",
+    ),
     "rows of stage microbatches": (
         ["train", "--mesh", "data=4,stage=2", "--stage-microbatches", "3", *EIGHT],
         "--batch-size 32 does not divide by 4 data shards x 3 microbatches = 12; give 36, or 24.",

@@ -122,6 +122,11 @@ def test_the_outer_part_of_the_axis_is_what_crosses():
     assert [[device.id // 4 for device in row] for row in mesh.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
 
 
+def test_an_unknown_slow_axis_is_named_with_one_slice_too():
+    with pytest.raises(jaxpar.MeshError, match=r"Mesh axis 'modle' is unknown \(nearest: 'model'\)"):
+        jaxpar.make_mesh(data=8, slice_axis="modle")
+
+
 def test_the_slow_axis_alone_has_collectives_across_slices():
     slice_of = lambda device: device.id % 2
     mesh = jaxpar.make_mesh(data=2, fsdp=2, model=2, slices=2, slice_of=slice_of)

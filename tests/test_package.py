@@ -21,6 +21,7 @@ PUBLIC = [
     "ContextError",
     "DriftError",
     "EXPERT",
+    "EvalStep",
     "ExpertError",
     "ExpertKernels",
     "FSDP",
@@ -36,6 +37,7 @@ PUBLIC = [
     "PartitionError",
     "PipelineError",
     "RecompileWarning",
+    "ScheduleError",
     "StateError",
     "Step",
     "Strategy",
@@ -84,6 +86,9 @@ CORE = [
     "data_parallel",
 ]
 ENGINES = {"sharded", "data_parallel"}
+# The islands' modules, each importing only those before it and these of the core.
+ISLANDS = ["schedule", "sequence", "context", "expert", "stack", "pipeline", "pipeline_loss"]
+UNDER_ISLANDS = {"mesh", "state", "loss"}
 
 
 def tree_of(module):
@@ -150,6 +155,7 @@ SHOWN_ELSEWHERE = VALUES | {
     "LayoutRow",
     "Leaf",
     "Step",
+    "EvalStep",
 }
 SHOWN_ELSEWHERE |= {name for name in PUBLIC if name.endswith("Error")}
 
@@ -182,6 +188,11 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize("module", CORE)
 def test_a_module_of_the_core_imports_only_those_before_it(module):
     assert imports_of(module) <= set(CORE[: CORE.index(module)])
+
+
+@pytest.mark.parametrize("module", ISLANDS)
+def test_an_island_knows_nothing_of_steps(module):
+    assert imports_of(module) <= UNDER_ISLANDS.union(ISLANDS[: ISLANDS.index(module)])
 
 
 @pytest.mark.parametrize("module", ["train", "evaluation", "strategy", "step", "loss", "layout"])

@@ -213,6 +213,16 @@ def test_dropout_is_another_in_each_microbatch_and_layer():
     assert len(seen) == 8
 
 
+def test_a_key_that_layers_are_given_differs_in_each_microbatch():
+    layer = lambda w, x, key: x * w * jax.random.bernoulli(key, 0.5, x.shape)
+    draw = lambda x: pipeline((layer, jnp.ones(4)), x, jax.random.key(0), stage_microbatches=4)
+    x = jnp.ones((8, 64))
+    with jax.set_mesh(sub_mesh(stage=4)):
+        split = jax.jit(draw)(x)
+    np.testing.assert_array_equal(split, draw(x))
+    assert len(np.unique(split, axis=0)) == 8
+
+
 def test_what_a_layer_is_given_besides_is_whole_for_every_microbatch():
     params, shift = jnp.arange(1.0, 5.0), jnp.arange(3.0)
     with jax.set_mesh(sub_mesh(data=2, stage=4)):
@@ -494,6 +504,40 @@ BAD = {
     "arrays of different rows": (
         lambda: pipeline((double, FOUR), {"a": X, "b": X[:4]}, stage_microbatches=4),
         ["x has arrays of shapes [(8, 16), (4, 16)]", "the same number of rows in dim 0"],
+    ),
+    "a mask with rows": (
+        lambda: pipeline((lambda w, x, mask: x * w * mask, FOUR), X, jnp.ones((8, 1)), stage_microbatches=4),
+        ["can't take a microbatch of 2 rows beside an argument of shape (8, 1)", "Put what has rows into x"],
+    ),
+    "one row": (
+        lambda: pipeline((double, FOUR), X[:1], stage_microbatches=4),
+        "1 rows do not divide by 4 stage microbatches; pad to 4",
+    ),
+    "a batch made of parameters": (
+        lambda: jax.grad(
+            lambda scale: (
+                pipeline_loss(
+                    (lambda w, x: x * w, jnp.ones(())), (double, FOUR), LAST, X * scale, stage_microbatches=4
+                )[0].total
+            )
+        )(2.0),
+        ["A leaf of the batch, of shape (8, 16), is computed from parameters", "jax.lax.stop_gradient"],
+    ),
+    "float16 in 1F1B": (
+        lambda: pipeline_loss(
+            (lambda w, x: x * w, jnp.ones((), "float16")), (double, FOUR), LAST, X, stage_microbatches=4
+        ),
+        ["The parameters are float16", "compute_dtype=jnp.bfloat16, or schedule='gpipe'"],
+    ),
+    "three values": (
+        lambda: pipeline_loss(
+            (lambda w, x: x * w, jnp.ones(())),
+            (double, FOUR),
+            (lambda w, x, batch: (x.mean(), {}, {}), jnp.ones(())),
+            X,
+            stage_microbatches=4,
+        ),
+        "last returned three values; give the loss, or (loss, metrics).",
     ),
     "an unknown schedule": (
         lambda: pipeline_loss(

@@ -354,6 +354,34 @@ def test_a_state_that_lies_otherwise_than_its_layout_fails(monkeypatch):
         )
 
 
+class Unused(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(FEATURES, CLASSES, rngs=rngs)
+        self.unused = nnx.Param(jnp.ones(3))
+
+    def __call__(self, x):
+        return self.up(x)
+
+
+@pytest.mark.devices(8)
+def test_a_parameter_without_a_gradient_must_agree_too(monkeypatch):
+    def corrupt(state, sums, update=train._update):
+        state, metrics = update(state, sums)
+        return state.replace(params={**state.params, "unused": state.params["unused"] + 5}), metrics
+
+    task = nnx_task(Unused, mean_loss)
+    assert compare_task(task) is not None
+    monkeypatch.setattr(train, "_update", corrupt)
+    with pytest.raises(AssertionError, match="params/unused"):
+        compare_task(task)
+
+
+def compare_task(task):
+    return testing.assert_trains_like_one_device(
+        *task, make_batches("mean"), jaxpar.sharded(jaxpar.make_mesh(data=8)), dtypes=("float64",)
+    )
+
+
 @pytest.mark.devices(8)
 def test_a_step_that_compiles_again_fails(monkeypatch):
     real = Step.__call__
