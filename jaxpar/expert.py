@@ -99,10 +99,9 @@ def mixture_of_experts(
     ((8, 4, 16), [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     """
     _check_arrays(x, router, experts, top_k)
-    if takes_rows_alone():
-        size, (rows, tokens, hidden) = 1, ((), (), ())
-    else:
-        size, (rows, tokens, hidden) = island_size(_AXIS), _manual_axes(np.ndim(x), experts.up.shape[-1])
+    alone = takes_rows_alone()
+    size = 1 if alone else island_size(_AXIS)
+    rows, tokens, hidden = ((), (), ()) if alone else _manual_axes(np.ndim(x), experts.up.shape[-1])
     _check_split(x, router.shape[-1], size, (rows, tokens))
     wide = jnp.promote_types(x.dtype, jnp.float32)
     # A TPU would else multiply float32 as bfloat16: near ties would be broken by rounding.
@@ -110,6 +109,9 @@ def mixture_of_experts(
     kernels = ExpertKernels(*(kernel.astype(x.dtype) for kernel in experts))
     mix = functools.partial(_mix_shard, size, top_k, normalize)
     axes = (*rows, *tokens, *hidden)
+    if alone:
+        # JAX 0.10.2 has no gradient of a batch of ragged products.
+        mix = jax.custom_batching.sequential_vmap(mix)
     if axes:
         dims = (rows or None, *((tokens or None,) if np.ndim(x) > 2 else ()))
         owners = _AXIS if size > 1 else None

@@ -1,7 +1,6 @@
 """Pipeline parallelism: a stack of layers split over the `stage` axis, through which microbatches flow (GPipe).
 
-One program runs on every device of the axis. What a stage gives goes to the next one by `lax.ppermute`, and what it has
-nothing to do in, `lax.cond` leaves out.
+One program runs on every device of the axis. What a stage gives goes to the next one by `lax.ppermute`.
 """
 
 from collections.abc import Callable
@@ -9,17 +8,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxpar.mesh import island_size, takes_rows_alone
 from jaxpar.stack import (
     STAGE,
+    PipelineError,
     as_part,
     check_layers,
     check_microbatches,
     count_rows,
-    has_keys,
+    put,
     run_layers,
     send,
     take_microbatch,
@@ -32,9 +33,8 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
     """Returns `x` after each of a stack of equal layers, which the mesh axis `stage` splits: GPipe.
 
     Each device runs its layers on one microbatch after the other (Huang et al. 2018,
-    https://arxiv.org/abs/1811.06965), and keeps of each but its input for the backward pass. Without a `stage` axis it
-    is a scan over the layers, that takes the same microbatches where the layers draw random numbers, so that dropout is
-    the same on every mesh.
+    https://arxiv.org/abs/1811.06965), and keeps of each but its input for the backward pass. Without a `stage` axis the
+    microbatches run one after the other, so that what they draw, or measure over their rows, is the same on every mesh.
 
     Args:
       blocks: the stack, each leaf with a leading dim of layers: an nnx module as `nnx.vmap` makes it, called as
@@ -61,8 +61,10 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
     rows = count_rows(x, "x")
     stages, stage_microbatches = (1, 1) if takes_rows_alone() else (island_size(STAGE), stage_microbatches)
     check_microbatches(stage_microbatches, rows, stages)
+    if not all(map(np.ndim, jax.tree.leaves(x))):
+        raise PipelineError("x has a leaf that is a scalar; give one value a row, or pass it after x.")
     check_layers(run, jax.eval_shape(lambda: take_microbatch(x, stage_microbatches, 0)), more, stages)
-    if stages == 1 and not has_keys((run.leaves, more)):
+    if stage_microbatches == 1:
         return run_layers(run.fn, run.leaves, x, more, 0)
     if stages == 1:
         parts = jax.tree.map(lambda leaf: _split(leaf, stage_microbatches), x)
@@ -94,30 +96,27 @@ class _Flow(NamedTuple):
 def _gpipe(flow: _Flow, leaves: Any, x: Any, more: Any) -> Any:
     """What this stage gives on each microbatch, with a leading dim for the stage: zeros but at the last one."""
     stage, count = lax.axis_index(STAGE), flow.microbatches
+    is_active = lambda number: (number >= 0) & (number < count)
 
     # Around the cond, not in it: else the loop would keep the layers' leaves of each tick beside its input.
     @jax.checkpoint
     def run(leaves: Any, x: Any, more: Any, number: Any) -> Any:
-        active = (number >= 0) & (number < count)
-        return when(active, lambda x: run_layers(flow.fn, leaves, x, more, number), lambda x: x, x)
+        return when(is_active(number), lambda x: run_layers(flow.fn, leaves, x, more, number), lambda x: x, x)
 
     def tick(carry: Any, time: Any) -> Any:
         x_before, out = carry
         number = time - stage
-        x_here = jax.tree.map(lambda own, sent: jnp.where(stage == 0, take_rows(own, count, time), sent), x, x_before)
+        # What is idle gets rows of its own: of zeros, that nobody made, a layer's gradient may be NaN.
+        own = (stage == 0) | ~is_active(number)
+        x_here = jax.tree.map(lambda x, sent: jnp.where(own, take_rows(x, count, number), sent), x, x_before)
         y = run(leaves, x_here, more, number)
-        ends = (number >= 0) & (stage == flow.stages - 1)
-        out = jax.tree.map(lambda o, part: lax.cond(ends, _put, lambda o, *_: o, o, part, number), out, y)
+        out = put(out, y, number, (number >= 0) & (stage == flow.stages - 1))
         return (send(y, flow.stages), out), None
 
     empty = jax.tree.map(lambda leaf: jnp.zeros_like(take_rows(leaf, count, 0)), x)
     outs = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), empty)
     (_, outs), _ = lax.scan(tick, (empty, outs), jnp.arange(count + flow.stages - 1))
     return jax.tree.map(lambda leaf: _join(leaf)[None], outs)
-
-
-def _put(parts: jax.Array, part: jax.Array, number: Any) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(parts, part, number, 0)
 
 
 def _split(leaf: jax.Array, count: int) -> jax.Array:

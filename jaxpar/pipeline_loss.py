@@ -23,9 +23,11 @@ from jaxpar.stack import (
     check_microbatches,
     count_rows,
     join_floats,
+    put,
     run_layers,
     send,
     split_floats,
+    split_tree,
     take_microbatch,
     trace,
     when,
@@ -116,20 +118,22 @@ def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple
 
     def shard(floats: Any, others: Any, batch: Any) -> Any:
         stage, run = lax.axis_index(STAGE), _bind(flow, others)
+        is_active = lambda number: (number >= 0) & (number < flow.microbatches)
         x_zero, sums_zero = run.zeros(floats, batch)
 
         def forward(floats: Any, x: Any, number: Any) -> Any:
             rows = take_microbatch(batch, flow.microbatches, number)
-            x = lax.cond(stage == 0, lambda x: run.first(floats[0], rows, number), lambda x: x, x)
+            # What is idle starts with rows too: of zeros, that nobody made, a layer's gradient may be NaN.
+            starts = (stage == 0) | ~is_active(number)
+            x = when(starts, lambda x: run.first(floats[0], rows, number), lambda x: x, x)
             y = run.layers(floats[1], x, number)
             end = lambda y: run.sums(floats[2], y, rows, number)
-            return y, lax.cond(stage == flow.stages - 1, end, lambda y: sums_zero, y)
+            return y, when(stage == flow.stages - 1, end, lambda y: sums_zero, y)
 
         # Around the cond, not in it: else the loop would keep the parameters of each tick beside its input.
         @jax.checkpoint
         def forward_or_idle(floats: Any, x: Any, number: Any) -> Any:
-            active = (number >= 0) & (number < flow.microbatches)
-            return when(active, forward, lambda floats, x, number: (x, sums_zero), floats, x, number)
+            return when(is_active(number), forward, lambda floats, x, number: (x, sums_zero), floats, x, number)
 
         def tick(carry: Any, time: Any) -> Any:
             x, sums = carry
@@ -165,27 +169,28 @@ def _one_forward_one_backward(flow: _LossFlow, floats: Any, others: Any, batch: 
     def forward(x: Any, number: Any) -> tuple[Any, Any]:
         """This stage's input, and its output but at the last stage, whose backward half computes it."""
         make = lambda x: run.first(floats[0], take_microbatch(batch, count, number), number)
-        x = lax.cond(stage == 0, make, lambda x: x, x)
+        x = when(stage == 0, make, lambda x: x, x)
         return x, when(stage < flow.stages - 1, lambda x: run.layers(floats[1], x, number), lambda x: x, x)
 
     def tick(carry: Any, time: Any) -> Any:
         x, pull, kept, gradients, sums = carry
         number = time - stage
         active = (number >= 0) & (number < count)
-        x, y = when(active, forward, lambda x, number: (x, x), x, number)
-        keep = lambda slots, x: lax.dynamic_update_index_in_dim(slots, x, number % depth, 0)
-        kept = lax.cond(active, lambda kept, x: jax.tree.map(keep, kept, x), lambda kept, x: kept, kept, x)
+        anyone = time < count + flow.stages - 1
+        x, y = when(active, forward, lambda x, number: (x, x), x, number, anyone=anyone)
+        kept = put(kept, x, number % depth, active)
         number = time - (2 * flow.stages - 2 - stage)
         active = (number >= 0) & (number < count)
         x = jax.tree.map(lambda slots: lax.dynamic_index_in_dim(slots, number % depth, 0, keepdims=False), kept)
         nothing = lambda x, pull, number: (pull, jax.tree.map(jnp.zeros_like, floats), sums_zero)
-        pull, more, more_sums = when(active, backward, nothing, x, pull, number)
+        anyone = time >= flow.stages - 1
+        pull, more, more_sums = when(active, backward, nothing, x, pull, number, anyone=anyone)
         gradients = jax.tree.map(lambda total, part: total + part.astype(total.dtype), gradients, more)
         sums = jax.tree.map(jnp.add, sums, more_sums)
         return (send(y, flow.stages), send(pull, flow.stages, back=True), kept, gradients, sums), None
 
     kept = jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), x_zero)
-    carry = (x_zero, x_zero, kept, jax.tree.map(wide, floats), sums_zero)
+    carry = (x_zero, split_tree(x_zero)[0], kept, jax.tree.map(wide, floats), sums_zero)
     (*_, gradients, sums), _ = lax.scan(tick, carry, jnp.arange(count + 2 * flow.stages - 2))
     first, layers, head = gradients
     sums, first, head = lax.psum((sums, first, head), STAGE)
@@ -197,28 +202,35 @@ def _go_back(
 ) -> tuple[Any, Any, Any]:
     """The pull on this stage's input, the gradients of its parameters, and at the last stage the sums."""
     stage, rows = lax.axis_index(STAGE), take_microbatch(batch, flow.microbatches, number)
-    y, back = jax.vjp(lambda layers, x: run.layers(layers, x, number), floats[1], x)
+    x_floats, join_x = split_tree(x)
+
+    def forward(layers: Any, x_floats: Any) -> tuple[Any, Any]:
+        y = run.layers(layers, join_x(x_floats), number)
+        return split_tree(y)[0], y
+
+    _, back, y = jax.vjp(forward, floats[1], x_floats, has_aux=True)
 
     def through_head(y: Any, pull: Any) -> Any:
         del pull
+        y_floats, join_y = split_tree(y)
 
-        def total(head: Any, y: Any) -> Any:
-            sums = run.sums(head, y, rows, number)
+        def total(head: Any, y_floats: Any) -> Any:
+            sums = run.sums(head, join_y(y_floats), rows, number)
             return sums[0].total, sums
 
-        (head, pull), sums = jax.grad(total, argnums=(0, 1), has_aux=True)(floats[2], y)
+        (head, pull), sums = jax.grad(total, argnums=(0, 1), has_aux=True)(floats[2], y_floats)
         return head, pull, sums
 
     def past_head(y: Any, pull: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, floats[2]), pull, run.zeros(floats, batch)[1]
 
-    head, pull, sums = lax.cond(stage == flow.stages - 1, through_head, past_head, y, pull)
+    head, pull, sums = when(stage == flow.stages - 1, through_head, past_head, y, pull)
     layers, pull = back(pull)
 
     def through_first(pull: Any) -> Any:
-        return jax.vjp(lambda leaves: run.first(leaves, rows, number), floats[0])[1](pull)[0]
+        return jax.vjp(lambda leaves: split_tree(run.first(leaves, rows, number))[0], floats[0])[1](pull)[0]
 
-    first = lax.cond(stage == 0, through_first, lambda pull: jax.tree.map(jnp.zeros_like, floats[0]), pull)
+    first = when(stage == 0, through_first, lambda pull: jax.tree.map(jnp.zeros_like, floats[0]), pull)
     return pull, (first, layers, head), sums
 
 

@@ -65,15 +65,32 @@ def run_layers(fn: Callable[..., Any], leaves: Any, x: Any, more: Any, number: A
     return lax.scan(lambda x, layer: (fn(layer, x, *more, number), None), x, leaves)[0]
 
 
-def when(condition: Any, do: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
-    """Returns `lax.cond`'s result; where layers may hold a ring over `context`, both are computed and one is taken.
+def when(active: Any, do: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any, anyone: Any = True) -> Any:
+    """Returns what `do` gives where this stage is `active`, and what `otherwise` gives elsewhere.
 
-    A ring's permutes are one for all devices: those of a stage that left them out would be waited for.
+    Stages that aren't leave `do` out, by `lax.cond`, if they are all that a device shares with others. Beside axes that
+    are the compiler's, `do` may hold collectives, and XLA makes a permute one for the devices of all stages: those of a
+    stage that left it out would be waited for. There every stage computes both, and takes one, unless `anyone`, alike
+    at all stages, says that none is active. No time is lost by it: stages go in step, and wait for the one that is.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if "context" in mesh.manual_axes or mesh.shape.get("context", 1) == 1:
-        return lax.cond(condition, do, otherwise, *operands)
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), do(*operands), otherwise(*operands))
+    if all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items()):
+        return lax.cond(active, do, otherwise, *operands)
+
+    def both(*operands: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(active, a, b), do(*operands), otherwise(*operands))
+
+    return both(*operands) if anyone is True else lax.cond(anyone, both, otherwise, *operands)
+
+
+def put(slots: Any, part: Any, number: Any, active: Any) -> Any:
+    """Returns the slots, each leaf's dim 0, with `part` as the one of this number if `active`."""
+
+    def put_leaf(slots: jax.Array, part: jax.Array) -> jax.Array:
+        before = lax.dynamic_index_in_dim(slots, number, 0, keepdims=False)
+        return lax.dynamic_update_index_in_dim(slots, jnp.where(active, part, before), number, 0)
+
+    return jax.tree.map(put_leaf, slots, part)
 
 
 def send(tree: Any, stages: int, *, back: bool = False) -> Any:
@@ -93,11 +110,6 @@ def take_rows(leaf: Any, count: int, number: Any) -> jax.Array:
     return lax.dynamic_index_in_dim(parts, jnp.clip(number, 0, count - 1), 1, keepdims=False)
 
 
-def has_keys(tree: Any) -> bool:
-    """Returns whether a pytree holds typed random keys."""
-    return any(map(is_key, jax.tree.leaves(tree)))
-
-
 def split_floats(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
     """Returns the leaves that have a gradient and the others, each with None in the others' places."""
     is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) if not is_key(leaf) else False for leaf in leaves]
@@ -108,6 +120,13 @@ def split_floats(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
 def join_floats(floats: list[Any], others: list[Any]) -> list[Any]:
     """Returns the leaves whole again: the inverse of `split_floats`."""
     return [other if leaf is None else leaf for leaf, other in zip(floats, others, strict=True)]
+
+
+def split_tree(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Returns the leaves that have a gradient, with None for others, and what makes the whole tree of such leaves."""
+    leaves, treedef = jax.tree.flatten(tree)
+    floats, others = split_floats(leaves)
+    return floats, lambda floats: jax.tree.unflatten(treedef, join_floats(floats, others))
 
 
 def count_rows(tree: Any, name: str) -> int:

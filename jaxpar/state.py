@@ -116,7 +116,10 @@ class TrainState:
             opt_state=tx.init(split_params(params, frozen)[0]),
             model_state=model_state,
             rng=jax.random.key(0) if rng is None else as_key(rng),
-            dynamic_scale=jax.tree.map(jnp.asarray, dynamic_scale),
+            # As Flax's own rule gives them back, with 64 bits enabled too.
+            dynamic_scale=jax.tree.map(
+                lambda leaf: jnp.asarray(leaf, jnp.float32 if isinstance(leaf, float) else None), dynamic_scale
+            ),
             static=static,
         )
 

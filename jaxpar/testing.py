@@ -244,13 +244,23 @@ def _follow(
     differences, norms = [], []
     for number, batch in enumerate(batches, 1):
         state, metrics = step(state, strategy.shard_batch(batch))
-        lone, expected, gradients = play(lone, batch)
-        differences += _differences(number, (metrics, state), (expected, lone))
-        norms.append(_relative_norms(gradients))
+        before, (lone, expected, gradients) = lone, play(lone, batch)
+        found = _differences(number, (metrics, state), (expected, lone))
+        differences += found
+        # No optimizer moves a leaf by noise much further than it moves others: what goes further counts.
+        furthest = 4 * _largest_move(before, lone)
+        strayed = {item.what for item in found if not item.size <= furthest}
+        norms.append({path: 1.0 if path in strayed else norm for path, norm in _relative_norms(gradients).items()})
         # Adam makes steps of noise, and a bias before BatchNorm carries them into its statistics.
         state = _with_params(state, lone, _find_noise(norms))
     _check_layout(state, strategy, f"after {len(batches)} steps")
     return differences, norms
+
+
+def _largest_move(before: TrainState, after: TrainState) -> float:
+    """How far a step moved the parameter that it moved furthest."""
+    pairs = zip(named_leaves(before.params, "params"), jax.tree.leaves(after.params), strict=True)
+    return max(_difference(0, path, np.asarray(old), np.asarray(new)).size for (path, old), new in pairs)
 
 
 def _through_host(leaf: jax.Array) -> jax.Array:
@@ -304,9 +314,8 @@ def _relative_norms(gradients: Any) -> dict[str, float]:
 
 
 def _find_noise(norms: list[dict[str, float]]) -> tuple[str, ...]:
-    """The parameters whose gradient was rounding noise at every step; one that is exactly 0 is none, but unused."""
-    shares = {path: [norm[path] for norm in norms] for path in norms[0]}
-    return tuple(path for path, found in shares.items() if 0 < max(found) < NOISE)
+    """The parameters whose gradient was rounding noise at every step."""
+    return tuple(path for path in norms[0] if all(norm[path] < NOISE for norm in norms))
 
 
 def _with_params(state: TrainState, source: TrainState, paths: tuple[str, ...]) -> TrainState:
