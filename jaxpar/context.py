@@ -60,8 +60,11 @@ def ring_attention(
     """
     size = island_size(_AXIS)
     masks = _check_arrays((q_BTHD, k_BTKD, v_BTKD), is_causal, positions, segment_ids, size)
-    kernel = _make_kernel(q_BTHD, scale, block_size, size)
-    k_BTKD, v_BTKD = (_repeat_heads(x, q_BTHD.shape[2], _automatic_size("model")) for x in (k_BTKD, v_BTKD))
+    heads, model = q_BTHD.shape[2], _automatic_size("model")
+    # Tokens split over `model` too would have to be moved inside of what some devices skip, and wait for.
+    spec = (None, None if heads % model else "model") if size > 1 and model > 1 else ()
+    kernel = _make_kernel(q_BTHD, scale, block_size, size, spec)
+    k_BTKD, v_BTKD = (_repeat_heads(x, heads, model) for x in (k_BTKD, v_BTKD))
     attend, split = functools.partial(_attend, kernel), PartitionSpec(None, _AXIS)
     if size > 1:
         attend = jax.shard_map(attend, in_specs=split, out_specs=split, axis_names={_AXIS}, check_vma=False)
@@ -149,6 +152,7 @@ class _Mask(NamedTuple):
 
 def _attend_forward(kernel: _Kernel, q_BTHD: Any, k_BTKD: Any, v_BTKD: Any, masks: Any) -> tuple[Any, Any]:
     """This device's queries over the keys of the whole ring, and what their gradients need."""
+    q_BTHD, k_BTKD, v_BTKD = (_constrain(x, kernel.spec) for x in (q_BTHD, k_BTKD, v_BTKD))
     blocks, add = functools.partial(_to_blocks, kernel), functools.partial(_add_values, kernel)
     block_masks = _mask_blocks(kernel, q_BTHD.shape[1], masks)
     rows, keys = (block_masks, blocks(q_BTHD, k_BTKD.shape[2])), (block_masks, blocks(k_BTKD), blocks(v_BTKD))
@@ -174,6 +178,7 @@ def _attend_forward(kernel: _Kernel, q_BTHD: Any, k_BTKD: Any, v_BTKD: Any, mask
 
 def _attend_backward(kernel: _Kernel, saved: Any, grad_BTHD: jax.Array) -> tuple[Any, ...]:
     q_BTHD, k_BTKD, v_BTKD, masks, out_BTHD, logsum_NBKGC = saved
+    grad_BTHD = _constrain(grad_BTHD, kernel.spec)
     blocks, add = functools.partial(_to_blocks, kernel), functools.partial(_add_gradients, kernel)
     kv_heads, dtype = k_BTKD.shape[2], logsum_NBKGC.dtype
     block_masks = _mask_blocks(kernel, q_BTHD.shape[1], masks)
@@ -196,7 +201,8 @@ def _attend_backward(kernel: _Kernel, saved: Any, grad_BTHD: jax.Array) -> tuple
         grads_q, others, keys = lax.fori_loop(0, kernel.size - 2, step, (grads_q, zeros, _hop(kernel, keys)))
         grads_q, others = _over_pairs(add, rows, keys, grads_q, others)
         grads = jax.tree.map(jnp.add, grads, _hop(kernel, others))
-    return *map(_from_blocks, (grads_q, *grads), (q_BTHD, k_BTKD, v_BTKD)), None
+    moved = map(_from_blocks, (grads_q, *grads), (q_BTHD, k_BTKD, v_BTKD))
+    return *(_constrain(x, kernel.spec) for x in moved), None
 
 
 _attend: Any = jax.custom_vjp(lambda *args: _attend_forward(*args)[0], nondiff_argnums=(0,))

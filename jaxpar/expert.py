@@ -99,9 +99,9 @@ def mixture_of_experts(
     ((8, 4, 16), [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     """
     _check_arrays(x, router, experts, top_k)
-    alone = takes_rows_alone()
-    size = 1 if alone else island_size(_AXIS)
-    rows, tokens, hidden = ((), (), ()) if alone else _manual_axes(np.ndim(x), experts.up.shape[-1])
+    size, rows, tokens, hidden = 1, (), (), ()
+    if not takes_rows_alone():
+        size, (rows, tokens, hidden) = island_size(_AXIS), _manual_axes(np.ndim(x), experts.up.shape[-1])
     _check_split(x, router.shape[-1], size, (rows, tokens))
     wide = jnp.promote_types(x.dtype, jnp.float32)
     # A TPU would else multiply float32 as bfloat16: near ties would be broken by rounding.
@@ -109,9 +109,6 @@ def mixture_of_experts(
     kernels = ExpertKernels(*(kernel.astype(x.dtype) for kernel in experts))
     mix = functools.partial(_mix_shard, size, top_k, normalize)
     axes = (*rows, *tokens, *hidden)
-    if alone:
-        # JAX 0.10.2 has no gradient of a batch of ragged products.
-        mix = jax.custom_batching.sequential_vmap(mix)
     if axes:
         dims = (rows or None, *((tokens or None,) if np.ndim(x) > 2 else ()))
         owners = _AXIS if size > 1 else None
@@ -306,6 +303,10 @@ def _run_experts(rows_C: jax.Array, kernels: ExpertKernels, counts: jax.Array) -
     counts = counts + nothing.astype(counts.dtype)
 
     def multiply(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        if takes_rows_alone():
+            # JAX 0.10.2 can't lower the gradient of a batch of ragged_dot: here each row meets all experts.
+            owner = _count_ends(jnp.cumsum(counts), jnp.arange(rows.shape[0]))
+            return jnp.einsum("me,mc,ecd->md", jax.nn.one_hot(owner, len(counts), dtype=rows.dtype), rows, kernel)
         # JAX doesn't say what a ragged_dot gives after the last group: left in, a NaN would spread through gradients.
         return jnp.where(is_row, lax.ragged_dot(rows, kernel + nothing.astype(kernel.dtype), counts), 0)
 

@@ -17,6 +17,7 @@ from flax import nnx, traverse_util
 
 from jaxpar.batch import EXAMPLE_WEIGHT, count_rows, match_path
 from jaxpar.loss import Weighted
+from jaxpar.mesh import ROW_AXIS
 from jaxpar.narrowing import find_narrowings
 from jaxpar.state import TrainState, join_params, split_params
 
@@ -216,7 +217,7 @@ def _row_by_row(call: Callable, batch: Any, rows: int, is_shared: Callable[[str]
         lone = [leaf if axis is None else leaf[None] for leaf, axis in zip(arrays, in_axes, strict=True)]
         return jax.tree.map(_reduce_one, call(jax.tree.unflatten(treedef, lone), number), is_leaf=_is_weighted)
 
-    return jax.vmap(call_one, in_axes=(0, in_axes))(jnp.arange(rows), [leaf for _, leaf in leaves])
+    return jax.vmap(call_one, in_axes=(0, in_axes), axis_name=ROW_AXIS)(jnp.arange(rows), [leaf for _, leaf in leaves])
 
 
 def _reduce_one(value: Any) -> Any:

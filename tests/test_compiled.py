@@ -1,7 +1,5 @@
 """What the compiled programs hold: memory, donated buffers, and the collectives of hand-written JAX, no more."""
 
-import collections
-import math
 import re
 
 import jax
@@ -9,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled_text import count_collectives, find_collectives
 from flax import linen, nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,9 +15,6 @@ from models import DEVICES, STRATEGIES, make_batches, make_task, start, sub_mesh
 
 import jaxpar
 from jaxpar.state import named_leaves
-
-_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-_ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
 def test_init_never_holds_a_leaf_whole(monkeypatch):
@@ -55,31 +51,6 @@ def test_the_compiled_step_aliases_all_of_its_state(kind):
     keys = sum(jax.random.key_data(leaf).nbytes for path, leaf in named_leaves(state) if path == "rng")
     held = sum(row.bytes_per_device for row in strategy.layout(state).rows if row.path != "rng")
     assert memory.alias_size_in_bytes >= held + keys
-
-
-def find_collectives(text):
-    """Returns (computation, kind, bytes, arrays) for each collective of a compiled program."""
-    found, computation = [], ""
-    for line in text.splitlines():
-        if line and not line.startswith(" "):
-            computation = "main" if line.startswith("ENTRY") else line.split(" ")[0]
-        match = _COLLECTIVE.search(line)
-        if match:
-            arrays = [
-                (math.prod(map(int, filter(None, dims.split(",")))), int(bits))
-                for _, bits, dims in _ARRAY.findall(match[1])
-            ]
-            found.append((computation, match[2], sum(size * bits // 8 for size, bits in arrays), len(arrays)))
-    return found
-
-
-def count_collectives(text):
-    """Returns for each kind of collective how many there are, and their bytes."""
-    kinds = collections.defaultdict(lambda: [0, 0])
-    for _, kind, size, _ in find_collectives(text):
-        kinds[kind][0] += 1
-        kinds[kind][1] += size
-    return dict(kinds)
 
 
 class Feedforward(linen.Module):
@@ -153,7 +124,7 @@ def test_data_parallel_gradients_are_reduced_once_a_step_in_one_collective(kind,
     found = find_collectives(step.lower(state, make_batches("mlp", 1)[0]).compile().as_text())
     gradients = len(jax.tree.leaves(state.params))
     # The loss and the one metric travel with the gradients.
-    assert [(where, what, arrays) for where, what, _, arrays in found] == [("main", "all-reduce", gradients + 2)]
+    assert [(one.computation, one.kind, len(one.sizes)) for one in found] == [("main", "all-reduce", gradients + 2)]
 
 
 def test_microbatches_reduce_over_data_outside_their_loop_beside_a_model_axis():
@@ -161,9 +132,9 @@ def test_microbatches_reduce_over_data_outside_their_loop_beside_a_model_axis():
     _, state, step = start("data_model", task, num_microbatches=4)
     text = step.lower(state, task.batches[0]).compile().as_text()
     found = find_collectives(text)
-    inside = [what for where, what, _, _ in found if where != "main"]
+    inside = [one.kind for one in found if one.computation != "main"]
     gradients = len(jax.tree.leaves(state.params))
-    assert any(where == "main" and arrays >= gradients for where, what, _, arrays in found if what == "all-reduce")
+    assert any(len(one.sizes) >= gradients for one in found if (one.computation, one.kind) == ("main", "all-reduce"))
     # Megatron's own all-reduces stay in the loop; neither batch nor weights are gathered there.
     assert set(inside) == {"all-reduce"}
 
@@ -177,9 +148,9 @@ def test_microbatches_gather_split_weights_and_reduce_their_gradients_in_the_loo
     # XLA on CPU drops the barrier that keeps them there, and would move the gathers out by this pass.
     text = lowered.compile(compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}).as_text()
     found = find_collectives(text)
-    assert [where == "main" for where, what, _, _ in found if what == "all-gather"] == [False, False]
+    assert [one.computation == "main" for one in found if one.kind == "all-gather"] == [False, False]
     gradients = len(jax.tree.leaves(state.params))
-    assert [where == "main" for where, what, _, arrays in found if arrays >= gradients] == [False]
+    assert [one.computation == "main" for one in found if len(one.sizes) >= gradients] == [False]
 
 
 def test_the_sum_of_gradients_over_microbatches_stays_split():
@@ -205,7 +176,7 @@ def test_frozen_leaves_get_no_gradient_moment_or_reduction():
 
     def reduced_bytes(state):
         text = jaxpar.make_train_step(task.loss_fn, strategy).lower(state, task.batches[0]).compile().as_text()
-        return sum(size for _, _, size, _ in find_collectives(text))
+        return sum(one.bytes for one in find_collectives(text))
 
     state = strategy.init(init_fn, jax.random.key(0))
     frozen = {path: np.asarray(leaf) for path, leaf in named_leaves(state.params) if "/up/" in path}

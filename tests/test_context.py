@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled_text import find_collectives
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -217,30 +218,13 @@ def test_blocks_are_still_skipped_under_the_builders_axis_name():
     assert count_branches(in_axis_name(attend)) == count_branches(attend) > 0
 
 
-_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-_LOOP = re.compile(r"body=(%?[\w.\-]+).*known_trip_count\":\{\"n\":\"(\d+)\"")
-
-
 def count_collectives(text):
     """Returns (times, bytes) a step for each kind of collective and of number, those in loops as often as they run."""
-    inside, found, computation = {}, [], ""
-    for line in text.splitlines():
-        if line and not line.startswith(" "):
-            computation = line.split(" ")[0]
-        if loop := _LOOP.search(line):
-            inside[loop[1]] = (computation, int(loop[2]))
-        if match := _COLLECTIVE.search(line):
-            arrays = re.findall(r"([a-z]+)(\d+)\[([\d,]*)\]", match[1])
-            size = sum(math.prod(map(int, filter(None, dims.split(",")))) * int(bits) // 8 for _, bits, dims in arrays)
-            found.append((computation, (match[2], arrays[0][0]), size))
     totals = collections.defaultdict(lambda: [0, 0])
-    for computation, kind, size in found:
-        times = 1
-        while computation in inside:
-            computation, count = inside[computation]
-            times *= count
-        totals[kind][0] += times
-        totals[kind][1] += times * size
+    for one in find_collectives(text):
+        key = one.kind, one.shapes[0][0]
+        totals[key][0] += one.times
+        totals[key][1] += one.times * one.bytes
     return dict(totals)
 
 
@@ -325,6 +309,24 @@ def test_ulysses_gathers_the_masks_alone():
     assert found.pop(("all-to-all", "f"))[0] == 8
     # Once for positions, and once for segments in either order: not again in the loops or in the backward pass.
     assert found == {("all-gather", "s"): [3, 3 * BATCH * 64 * 4]}
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_what_some_devices_skip_holds_no_collective_where_model_splits_tokens_too(axis):
+    mesh = sub_mesh(**{axis: 2, "context": 2, "model": 2})
+
+    def loss(w, x):
+        # As in a block under Megatron's sequence parallelism.
+        x = split_sequence(x)
+        q, k, v = ((x @ part).reshape(*x.shape[:2], 4, 2) for part in w)
+        return (split_sequence(x + ring_attention(q, k, v, is_causal=True, block_size=4).reshape(x.shape)) ** 2).sum()
+
+    w = jax.ShapeDtypeStruct((3, 8, 8), "float32", sharding=NamedSharding(mesh, P(None, None, "model")))
+    x = jax.ShapeDtypeStruct((4, 16, 8), "float32", sharding=NamedSharding(mesh, P(axis, "context")))
+    with jax.set_mesh(mesh):
+        found = find_collectives(jax.jit(jax.grad(loss)).lower(w, x).compile().as_text())
+    assert "collective-permute" in {one.kind for one in found}
+    assert not [one for one in found if one.in_branch]
 
 
 LENGTHS = (1024, 2048, 4096, 8192)

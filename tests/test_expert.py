@@ -3,7 +3,6 @@
 import collections
 import functools
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled_text import find_collectives
 from flax import linen, nnx
 from jax import lax
 from jax.sharding import NamedSharding
@@ -275,11 +275,7 @@ def test_gradients_go_through_an_island_over_stage():
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-9), gradients, wanted)
 
 
-_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-_ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
-
-
-def find_collectives(sizes, *, top_k=2, backward=True):
+def collective_sizes(sizes, *, top_k=2, backward=True):
     """Returns the bytes of each array in each collective of a compiled mixture, by kind; rows are many."""
     mesh, inputs = sub_mesh(**sizes), make_inputs(dtype="float32", rows=64, tokens=16)
     owners, hidden = (axis if axis in sizes else None for axis in ("expert", "model"))
@@ -302,13 +298,8 @@ def find_collectives(sizes, *, top_k=2, backward=True):
     with jax.set_mesh(mesh):
         text = jitted.lower(inputs).compile().as_text()
     found = collections.defaultdict(list)
-    for result, kind in _COLLECTIVE.findall(text):
-        found[kind].append(
-            [
-                math.prod(map(int, filter(None, dims.split(",")))) * int(bits) // 8
-                for _, bits, dims in _ARRAY.findall(result)
-            ]
-        )
+    for one in find_collectives(text):
+        found[one.kind].append(one.sizes)
     return found
 
 
@@ -328,7 +319,7 @@ def test_tokens_travel_to_their_experts_and_back_in_two_all_to_alls_each_way(siz
     # Each of 4 owners has 2 experts, so there is room for 2 of a token's choices at most.
     payload = 4 * tokens * min(top_k, 2) * WIDTH * 4
     for backward, count in [(False, 2), (True, 4)]:
-        found = find_collectives(sizes, top_k=top_k, backward=backward)
+        found = collective_sizes(sizes, top_k=top_k, backward=backward)
         assert [sum(arrays) for arrays in found["all-to-all"]] == [payload] * count
         # The counts of each expert's tokens.
         assert [sum(arrays) for arrays in found["all-gather"]] == [4 * EXPERTS * 4]
@@ -337,14 +328,14 @@ def test_tokens_travel_to_their_experts_and_back_in_two_all_to_alls_each_way(siz
 
 def test_weights_gradients_are_summed_over_the_other_token_axes_alone():
     kernel = WIDTH * HIDDEN * 4
-    reduced = [size for arrays in find_collectives({"expert": 8})["all-reduce"] for size in arrays]
+    reduced = [size for arrays in collective_sizes({"expert": 8})["all-reduce"] for size in arrays]
     assert max(reduced) == WIDTH * EXPERTS * 4
-    reduced = [size for arrays in find_collectives({"data": 2, "expert": 4})["all-reduce"] for size in arrays]
+    reduced = [size for arrays in collective_sizes({"data": 2, "expert": 4})["all-reduce"] for size in arrays]
     assert sorted(reduced)[-3:] == [EXPERTS // 4 * kernel] * 3
 
 
 def test_without_an_expert_axis_no_token_leaves_its_device():
-    found = find_collectives({"data": 4, "context": 2})
+    found = collective_sizes({"data": 4, "context": 2})
     assert set(found) == {"all-reduce"}
     # Each weight's gradient, once; nothing as large as the tokens.
     large = [size for arrays in found["all-reduce"] for size in arrays if size > WIDTH * EXPERTS * 4]
@@ -357,7 +348,7 @@ def test_without_an_expert_axis_no_token_leaves_its_device():
 def test_hidden_features_split_over_model_cost_one_all_reduce_of_tokens_each_way(sizes):
     tokens = 64 * 16 // sizes.get("expert", 1)
     for backward, count in [(False, 1), (True, 2)]:
-        found = find_collectives(sizes, backward=backward)
+        found = collective_sizes(sizes, backward=backward)
         reduced = [size for arrays in found["all-reduce"] for size in arrays]
         assert reduced.count(tokens * WIDTH * 4) >= count
         # Beside the tokens, backward, go their logits.

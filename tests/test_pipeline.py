@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled_text import find_collectives
 from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 from models import sub_mesh
@@ -429,31 +430,16 @@ def test_gpipe_keeps_of_each_microbatch_its_input_and_no_copy_of_the_layers(sche
     assert (many - few) / 16 < 8 * boundary < width * width * 4 / 2, (few, many)
 
 
-_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-
-
-def find_collectives(text):
-    """Returns (computation, kind, shapes) for each collective of a compiled program."""
-    found, computation = [], ""
-    for line in text.splitlines():
-        if line and not line.startswith(" "):
-            computation = "main" if line.startswith("ENTRY") else line.split(" ")[0]
-        match = _COLLECTIVE.search(line)
-        if match:
-            found.append((computation, match[2], re.findall(r"\w+\[[\d,]*\]", match[1])))
-    return found
-
-
 def test_one_boundary_activation_travels_each_way_and_gradients_are_summed_once():
     strategy = jaxpar.sharded(sub_mesh(data=2, stage=4), jaxpar.PIPELINE)
     found = find_collectives(compile_step("1f1b", 4, 32, strategy).as_text())
-    inside = collections.Counter((kind, *shapes) for where, kind, shapes in found if where != "main")
+    inside = collections.Counter((one.kind, *one.shapes) for one in found if one.computation != "main")
     # 32 rows over 2 shards of the data and 4 microbatches: 4 rows of 16 tokens of 64 features, there and back.
     assert inside == {("collective-permute", "f32[4,16,64]"): 2}
-    outside = [(kind, shapes) for where, kind, shapes in found if where == "main"]
-    assert {kind for kind, _ in outside} == {"all-reduce"}
+    outside = [one for one in found if one.computation == "main"]
+    assert {one.kind for one in outside} == {"all-reduce"}
     # No stage's layers leave it: they are summed over the data alone, one layer a stage.
-    sizes = [shape for _, shapes in outside for shape in shapes]
+    sizes = [shape for one in outside for shape in one.shapes]
     assert sizes.count("f32[1,64,64]") == 1
     assert not [shape for shape in sizes if shape == "f32[4,64,64]"]
 
