@@ -26,6 +26,7 @@ from jaxpar.stack import (
     take_microbatch,
     take_rows,
     when,
+    widen,
 )
 
 
@@ -71,16 +72,18 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
         run_part = lambda part: run_layers(run.fn, run.leaves, part[1], more, part[0])
         return jax.tree.map(_join, lax.map(run_part, (jnp.arange(stage_microbatches), parts)))
 
-    def run_stages(leaves: Any, x: Any, more: Any) -> Any:
-        return _gpipe(_Flow(run.fn, stages, stage_microbatches), leaves, x, more)
+    whole, narrow = widen((x, more))
+
+    def run_stages(leaves: Any, whole: Any) -> Any:
+        return _gpipe(_Flow(run.fn, stages, stage_microbatches), leaves, *narrow(whole))
 
     stacked = jax.shard_map(
         run_stages,
-        in_specs=(PartitionSpec(STAGE), PartitionSpec(), PartitionSpec()),
+        in_specs=(PartitionSpec(STAGE), PartitionSpec()),
         out_specs=PartitionSpec(STAGE),
         axis_names={STAGE},
         check_vma=False,
-    )(run.leaves, x, more)
+    )(run.leaves, whole)
     # What the last stage has; the others' is zeros.
     return jax.tree.map(lambda leaf: leaf[-1], stacked)
 

@@ -31,6 +31,7 @@ from jaxpar.stack import (
     take_microbatch,
     trace,
     when,
+    widen,
 )
 from jaxpar.state import is_key
 
@@ -115,8 +116,11 @@ class _LossFlow(NamedTuple):
 
 def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Weighted, dict[str, Any]]:
     """The sums of loss and metrics; JAX's own backward pass over it is GPipe's."""
+    (first, last), narrow = widen((floats[0], floats[2]))
 
     def shard(floats: Any, others: Any, batch: Any) -> Any:
+        first, last = narrow((floats[0], floats[2]))
+        floats = (first, floats[1], last)
         stage, run = lax.axis_index(STAGE), _bind(flow, others)
         is_active = lambda number: (number >= 0) & (number < flow.microbatches)
         x_zero, sums_zero = run.zeros(floats, batch)
@@ -143,7 +147,7 @@ def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple
         (_, sums), _ = lax.scan(tick, (x_zero, sums_zero), jnp.arange(flow.microbatches + flow.stages - 1))
         return lax.psum(sums, STAGE)
 
-    return _over_stages(shard, PartitionSpec())(floats, others, batch)
+    return _over_stages(shard, PartitionSpec())((first, floats[1], last), others, batch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -83,6 +83,21 @@ def when(active: Any, do: Callable[..., Any], otherwise: Callable[..., Any], *op
     return both(*operands) if anyone is True else lax.cond(anyone, both, otherwise, *operands)
 
 
+def widen(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns the tree in float32 or wider, and what casts it back to its dtypes.
+
+    What every stage has whole enters wide: its gradient is a sum over stages, which XLA on CPU can't do in bfloat16.
+    """
+    dtypes = jax.tree.map(jnp.result_type, tree)
+    grow = lambda leaf, dtype: leaf.astype(jnp.promote_types(dtype, jnp.float32)) if _is_float(dtype) else leaf
+    back = lambda leaf, dtype: leaf.astype(dtype) if _is_float(dtype) else leaf
+    return jax.tree.map(grow, tree, dtypes), lambda wide: jax.tree.map(back, wide, dtypes)
+
+
+def _is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
 def put(slots: Any, part: Any, number: Any, active: Any) -> Any:
     """Returns the slots, each leaf's dim 0, with `part` as the one of this number if `active`."""
 

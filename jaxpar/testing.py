@@ -245,8 +245,7 @@ def _follow(
     for number, batch in enumerate(batches, 1):
         state, metrics = step(state, strategy.shard_batch(batch))
         before, (lone, expected, gradients) = lone, play(lone, batch)
-        found = _differences(number, (metrics, state), (expected, lone))
-        differences += found
+        differences += (found := _differences(number, (metrics, state), (expected, lone)))
         # No optimizer moves a leaf by noise much further than it moves others: what goes further counts.
         furthest = 4 * _largest_move(before, lone)
         strayed = {item.what for item in found if not item.size <= furthest}

@@ -324,6 +324,31 @@ def test_layers_and_losses_may_move_what_other_axes_split(case):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("schedule", ["pipeline", "1f1b", "gpipe"])
+def test_bfloat16_is_computed_in_beside_other_axes(schedule):
+    layer = lambda w, x: x + jnp.tanh(x @ w)
+    first, last = (lambda table, batch: table[batch]), (lambda w, x, batch: (x @ w).astype("float32").mean())
+
+    def objective(params, ids):
+        table, layers, head = params
+        if schedule == "pipeline":
+            return last(head, pipeline((layer, layers), first(table, ids), stage_microbatches=4), ids)
+        loss, _ = pipeline_loss(
+            (first, table), (layer, layers), (last, head), ids, stage_microbatches=4, schedule=schedule
+        )
+        return loss.total / loss.weight
+
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=shape) * 0.3, "bfloat16") for shape in ((16, 8), (4, 8, 8), (8, 1))]
+    ids = jnp.arange(8 * 4).reshape(8, 4) % 16
+    expected = jax.jit(jax.grad(objective))(params, ids)
+    with jax.set_mesh(sub_mesh(stage=2, context=2, model=2)):
+        found = jax.jit(jax.grad(objective))(params, jax.device_put(ids, P(None, "context")))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(one, "float32"), np.asarray(other, "float32"), rtol=0.05, atol=0.01)
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_whole_numbers_may_travel_with_the_features(schedule):
     first = (lambda table, batch: {"x": table[batch], "ids": batch}, jnp.linspace(0, 1, VOCAB * 4).reshape(VOCAB, 4))
