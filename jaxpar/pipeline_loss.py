@@ -280,7 +280,7 @@ def _bind(flow: _LossFlow, others: Any) -> _Bound:
     first_fn, layer_fn, last_fn = flow.fns
 
     def first(floats: Any, rows: Any, number: Any) -> Any:
-        return first_fn(join_floats(floats, others[0]), rows, number)
+        return first_fn(join_floats(_gather(floats), others[0]), rows, number)
 
     def layers(floats: Any, x: Any, number: Any) -> Any:
         return run_layers(layer_fn, join_floats(floats, others[1]), x, (), number)
@@ -295,6 +295,17 @@ def _bind(flow: _LossFlow, others: Any) -> _Bound:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     return _Bound(first, layers, sums, zeros)
+
+
+def _gather(floats: Any) -> Any:
+    """The leaves of the embedding, whole where `fsdp` and `model` both may split them.
+
+    XLA's partitioner (jax 0.10 to 0.12) aborts over a look-up in a table that two axes split, in a shard_map over a third.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if min(mesh.shape.get("fsdp", 1), mesh.shape.get("model", 1)) == 1:
+        return floats
+    return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, PartitionSpec()), floats)
 
 
 def _over_stages(fn: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
