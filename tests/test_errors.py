@@ -312,6 +312,10 @@ RULES = {
         lambda: sharded(make_mesh(data=8), (".*", P())),
         "Rule '.*' is not a pair (regex, spec), as ('kernel$', P(None, 'model')).",
     ),
+    "lists in a list": (
+        lambda: sharded(make_mesh(fsdp=2, model=4), [jaxpar.MEGATRON, jaxpar.FSDP]),
+        "A list of rules holds a list itself; give each list of rules by itself, as sharded(mesh, MEGATRON, FSDP).",
+    ),
     "a regex alone": (
         lambda: sharded(make_mesh(data=8), "kernel$"),
         "rules are 'kernel$'; give lists of (regex, spec) pairs, as [('kernel$', P('model'))].",

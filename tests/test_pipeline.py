@@ -84,6 +84,10 @@ STRATEGIES = {
     "data_stage": lambda: jaxpar.sharded(sub_mesh(data=2, stage=4), jaxpar.PIPELINE),
     "stage_model": lambda: jaxpar.sharded(sub_mesh(stage=2, model=2), jaxpar.PIPELINE, jaxpar.MEGATRON),
     "fsdp_stage": lambda: jaxpar.sharded(sub_mesh(fsdp=2, stage=2), jaxpar.PIPELINE, jaxpar.FSDP),
+    # Two axes split the embedding's table, in an island over a third.
+    "fsdp_stage_model": lambda: jaxpar.sharded(
+        sub_mesh(fsdp=2, stage=2, model=2), jaxpar.PIPELINE, jaxpar.MEGATRON, jaxpar.FSDP
+    ),
     "data_stage_model": lambda: jaxpar.sharded(sub_mesh(data=2, stage=2, model=2), jaxpar.PIPELINE, jaxpar.MEGATRON),
     "pmap": lambda: jaxpar.data_parallel(jax.devices()[:2]),
 }
@@ -99,7 +103,7 @@ FAST = [
     ("stage", "1f1b", 0.0, 1),
     ("stages", "pipeline", 0.3, 1),
     ("stage_model", "gpipe", 0.0, 1),
-    ("fsdp_stage", "1f1b", 0.0, 1),
+    ("fsdp_stage_model", "1f1b", 0.0, 1),
     ("data_stage", "pipeline", 0.3, 2),
     ("pmap", "1f1b", 0.3, 1),
 ]
