@@ -286,7 +286,7 @@ def _bind(flow: _LossFlow, others: Any) -> _Bound:
         return run_layers(layer_fn, join_floats(floats, others[1]), x, (), number)
 
     def sums(floats: Any, x: Any, rows: Any, number: Any) -> Any:
-        return _as_sums(last_fn(join_floats(floats, others[2]), x, rows, number), count_rows(rows, "batch"))
+        return _as_sums(last_fn(join_floats(_gather(floats), others[2]), x, rows, number), count_rows(rows, "batch"))
 
     def zeros(floats: Any, batch: Any) -> tuple[Any, Any]:
         rows = take_microbatch(batch, flow.microbatches, 0)
@@ -298,9 +298,10 @@ def _bind(flow: _LossFlow, others: Any) -> _Bound:
 
 
 def _gather(floats: Any) -> Any:
-    """The leaves of the embedding, whole where `fsdp` and `model` both may split them.
+    """The leaves of embedding and head, whole where `fsdp` and `model` both may split them.
 
-    XLA's partitioner (jax 0.10 to 0.12) aborts over a look-up in a table that two axes split, in a shard_map over a third.
+    XLA's partitioner (jax 0.10 to 0.12) aborts over look-ups in what two axes split, in a shard_map over a third: in a
+    table, and in logits, for the labels' sake.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if min(mesh.shape.get("fsdp", 1), mesh.shape.get("model", 1)) == 1:
