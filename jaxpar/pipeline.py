@@ -113,7 +113,8 @@ def _gpipe(flow: _Flow, leaves: Any, x: Any, more: Any) -> Any:
         own = (stage == 0) | ~is_active(number)
         x_here = jax.tree.map(lambda x, sent: jnp.where(own, take_rows(x, count, number), sent), x, x_before)
         y = run(leaves, x_here, more, number)
-        out = put(out, y, number, (number >= 0) & (stage == flow.stages - 1))
+        # What is idle at the last stage comes before its first microbatch, whose place it takes till then.
+        out = put(out, y, number)
         return (send(y, flow.stages), out), None
 
     empty = jax.tree.map(lambda leaf: jnp.zeros_like(take_rows(leaf, count, 0)), x)

@@ -182,7 +182,8 @@ def _one_forward_one_backward(flow: _LossFlow, floats: Any, others: Any, batch: 
         active = (number >= 0) & (number < count)
         anyone = time < count + flow.stages - 1
         x, y = when(active, forward, lambda x, number: (x, x), x, number, anyone=anyone)
-        kept = put(kept, x, number % depth, active)
+        # What is idle takes the place of what has gone back already.
+        kept = put(kept, x, number % depth)
         number = time - (2 * flow.stages - 2 - stage)
         active = (number >= 0) & (number < count)
         x = jax.tree.map(lambda slots: lax.dynamic_index_in_dim(slots, number % depth, 0, keepdims=False), kept)

@@ -98,14 +98,9 @@ def _is_float(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def put(slots: Any, part: Any, number: Any, active: Any) -> Any:
-    """Returns the slots, each leaf's dim 0, with `part` as the one of this number if `active`."""
-
-    def put_leaf(slots: jax.Array, part: jax.Array) -> jax.Array:
-        before = lax.dynamic_index_in_dim(slots, number, 0, keepdims=False)
-        return lax.dynamic_update_index_in_dim(slots, jnp.where(active, part, before), number, 0)
-
-    return jax.tree.map(put_leaf, slots, part)
+def put(slots: Any, part: Any, number: Any) -> Any:
+    """Returns the slots, each leaf's dim 0, with `part` as the one of this number."""
+    return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, number, 0), slots, part)
 
 
 def send(tree: Any, stages: int, *, back: bool = False) -> Any:

@@ -624,13 +624,6 @@ MUTATIONS += [
         TRAINS + "[stages-pipeline-0.3-1]",
     ),
     Mutation(
-        "first microbatch not put",
-        "pipeline.py",
-        "put(out, y, number, (number >= 0) &",
-        "put(out, y, number, (number > 0) &",
-        TRAINS + "[stages-pipeline-0.3-1]",
-    ),
-    Mutation(
         "every stage puts", "pipeline.py", "leaf[-1], stacked", "leaf[0], stacked", TRAINS + "[stages-pipeline-0.3-1]"
     ),
     Mutation(
@@ -848,21 +841,14 @@ MUTATIONS += [
         "pipeline_loss.py",
         "anyone = time < count + flow.stages - 1",
         "anyone = time < count",
-        PIPELINE + "layers_and_losses_may_move_what_other_axes_split[tokens moved in a layer of 1F1B]",
+        PIPELINE + "layers_and_losses_may_move_what_other_axes_split[tokens moved in a layer of four stages]",
     ),
     Mutation(
         "backward halves begin too late",
         "pipeline_loss.py",
         "anyone = time >= flow.stages - 1",
         "anyone = time >= flow.stages",
-        PIPELINE + "layers_and_losses_may_move_what_other_axes_split[tokens moved in a layer of 1F1B]",
-    ),
-    Mutation(
-        "idle stages put too",
-        "stack.py",
-        "jnp.where(active, part, before)",
-        "part",
-        TRAINS + "[stages-pipeline-0.3-1]",
+        PIPELINE + "layers_and_losses_may_move_what_other_axes_split[tokens moved in a layer of four stages]",
     ),
     Mutation(
         "tokens of a ring split over model too",

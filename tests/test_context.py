@@ -311,20 +311,25 @@ def test_ulysses_gathers_the_masks_alone():
     assert found == {("all-gather", "s"): [3, 3 * BATCH * 64 * 4]}
 
 
+class SplitBlock(nnx.Module):
+    """Attention under Megatron's sequence parallelism: what `model` splits beside it is the tokens."""
+
+    def __init__(self, rngs):
+        self.query, self.key, self.value, self.out = (nnx.Linear(32, 32, rngs=rngs) for _ in range(4))
+
+    def __call__(self, x):
+        x = split_sequence(x)
+        q, k, v = (layer(x).reshape(*x.shape[:2], 4, 8) for layer in (self.query, self.key, self.value))
+        return x + self.out(ring_attention(q, k, v, is_causal=True).reshape(x.shape))
+
+
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 def test_what_some_devices_skip_holds_no_collective_where_model_splits_tokens_too(axis):
     mesh = sub_mesh(**{axis: 2, "context": 2, "model": 2})
-
-    def loss(w, x):
-        # As in a block under Megatron's sequence parallelism.
-        x = split_sequence(x)
-        q, k, v = ((x @ part).reshape(*x.shape[:2], 4, 2) for part in w)
-        return (split_sequence(x + ring_attention(q, k, v, is_causal=True, block_size=4).reshape(x.shape)) ** 2).sum()
-
-    w = jax.ShapeDtypeStruct((3, 8, 8), "float32", sharding=NamedSharding(mesh, P(None, None, "model")))
-    x = jax.ShapeDtypeStruct((4, 16, 8), "float32", sharding=NamedSharding(mesh, P(axis, "context")))
-    with jax.set_mesh(mesh):
-        found = find_collectives(jax.jit(jax.grad(loss)).lower(w, x).compile().as_text())
+    strategy = jaxpar.sharded(mesh, jaxpar.MEGATRON, *([jaxpar.FSDP] if axis == "fsdp" else []))
+    state = strategy.abstract_state(lambda rng: jaxpar.TrainState.create(SplitBlock(nnx.Rngs(rng)), optax.sgd(0.1)))
+    step = jaxpar.make_train_step(lambda model, batch, rng: ((model(batch["x"]) ** 2).mean(), {}), strategy)
+    found = find_collectives(step.lower(state, {"x": np.ones((16, 16, 32), "float32")}).compile().as_text())
     assert "collective-permute" in {one.kind for one in found}
     assert not [one for one in found if one.in_branch]
 

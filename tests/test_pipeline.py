@@ -300,6 +300,7 @@ def shift_loss(w, x, batch):
 STAGE_AND_MORE = {
     "tokens moved in a layer": ({"stage": 2, "model": 4}, roll_tokens, "pipeline"),
     "tokens moved in a layer of 1F1B": ({"stage": 2, "model": 4}, roll_tokens, "1f1b"),
+    "tokens moved in a layer of four stages": ({"stage": 4, "model": 2}, roll_tokens, "1f1b"),
     "tokens moved in the loss": ({"stage": 2, "context": 2}, norm_without_epsilon, "1f1b"),
     "tokens moved in the loss of GPipe": ({"stage": 2, "context": 2}, norm_without_epsilon, "gpipe"),
     "no gradient at zeros": ({"stage": 4, "model": 2}, norm_without_epsilon, "pipeline"),
