@@ -314,7 +314,8 @@ RULES = {
     ),
     "lists in a list": (
         lambda: sharded(make_mesh(fsdp=2, model=4), [jaxpar.MEGATRON, jaxpar.FSDP]),
-        "A list of rules holds a list itself; give each list of rules by itself, as sharded(mesh, MEGATRON, FSDP).",
+        "A list of rules holds a list itself, which is not a pair (regex, spec); give each list of rules by itself, as "
+        "sharded(mesh, MEGATRON, FSDP).",
     ),
     "a regex alone": (
         lambda: sharded(make_mesh(data=8), "kernel$"),
