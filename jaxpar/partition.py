@@ -75,8 +75,8 @@ def check_rules(lists: Sequence[Rules], mesh: Mesh) -> None:
         for rule in rules:
             if isinstance(rule, list):
                 raise PartitionError(
-                    "A list of rules holds a list itself, which is not a pair (regex, spec); give each list of rules by "
-                    "itself, as sharded(mesh, MEGATRON, FSDP)."
+                    "A list of rules holds a list itself, which is not a pair (regex, spec); give each list of rules "
+                    "by itself, as sharded(mesh, MEGATRON, FSDP)."
                 )
             if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
                 raise PartitionError(f"Rule {rule!r} is not a pair (regex, spec), as ('kernel$', P(None, 'model')).")
