@@ -84,7 +84,7 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
         axis_names={STAGE},
         check_vma=False,
     )(run.leaves, whole)
-    # What the last stage has; the others' is zeros.
+    # What the last stage has.
     return jax.tree.map(lambda leaf: leaf[-1], stacked)
 
 
@@ -97,7 +97,7 @@ class _Flow(NamedTuple):
 
 
 def _gpipe(flow: _Flow, leaves: Any, x: Any, more: Any) -> Any:
-    """What this stage gives on each microbatch, with a leading dim for the stage: zeros but at the last one."""
+    """What this stage gives on each microbatch, with a leading dim for the stage."""
     stage, count = lax.axis_index(STAGE), flow.microbatches
     is_active = lambda number: (number >= 0) & (number < count)
 

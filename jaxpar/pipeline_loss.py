@@ -50,7 +50,8 @@ def pipeline_loss(
     The loss's total alone has a gradient, for the parameters alone: none goes through its weight, the metrics or the
     batch.
 
-    The embedding runs at the first stage alone, head and loss at the last one. Under `"1f1b"` (Narayanan et al. 2021,
+    The first stage takes the embedding, the last one head and loss; beside axes other than `data` all compute them, in
+    step, and drop them. Under `"1f1b"` (Narayanan et al. 2021,
     https://arxiv.org/abs/2104.04473) a microbatch goes back as soon as it has come through: gradients are computed
     beside the loss, and memory doesn't grow with the number of microbatches. `"gpipe"` is JAX's own backward pass over
     all of them. Without a `stage` axis, microbatches run one after the other.

@@ -650,13 +650,14 @@ def test_an_unknown_axis_to_split_the_sequence_over_is_named():
 
 
 def test_an_island_stands_in_a_shard_map_over_an_axis_of_the_users_own():
-    arrays = [jnp.ones(ONES[key]) for key in "qkv"]
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=ONES[key]), "float32") for key in "qkv"]
     mesh = jax.make_mesh((2, 4), ("mine", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         split = P("mine")
         mine = jax.shard_map(ring_attention, in_specs=split, out_specs=split, axis_names={"mine"}, check_vma=False)
         found = jax.jit(mine)(*arrays)
-    np.testing.assert_allclose(found, ring_attention(*arrays), rtol=1e-6)
+    np.testing.assert_allclose(found, ring_attention(*arrays), rtol=1e-5, atol=1e-6)
 
 
 def test_an_island_in_another_over_context_is_named():

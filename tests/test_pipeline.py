@@ -218,6 +218,15 @@ def test_dropout_is_another_in_each_microbatch_and_layer():
     assert len(seen) == 8
 
 
+def test_a_key_that_layers_close_over_draws_alike_on_every_mesh():
+    key, x = jax.random.key(0), jnp.ones((8, 64))
+    layer = lambda w, x: x * w * jax.random.bernoulli(key, 0.5, x.shape)
+    draw = lambda x: pipeline((layer, jnp.ones(4)), x, stage_microbatches=4)
+    with jax.set_mesh(sub_mesh(stage=4)):
+        split = jax.jit(draw)(x)
+    np.testing.assert_array_equal(split, draw(x))
+
+
 def test_a_key_that_layers_are_given_differs_in_each_microbatch():
     layer = lambda w, x, key: x * w * jax.random.bernoulli(key, 0.5, x.shape)
     draw = lambda x: pipeline((layer, jnp.ones(4)), x, jax.random.key(0), stage_microbatches=4)

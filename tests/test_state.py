@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from flax.core import FrozenDict, freeze
+from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import PartitionSpec as P
 
 import jaxpar
@@ -289,6 +290,18 @@ def test_a_state_starts_at_step_zero_with_int32():
     state = jaxpar.TrainState.create(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), optax.sgd(0.1))
     assert (int(state.step), state.step.dtype) == (0, jnp.int32)
     assert state.dynamic_scale is None
+
+
+def test_a_dynamic_scale_goes_from_step_to_step_with_64_bits_enabled():
+    with jax.enable_x64(True):
+        strategy = jaxpar.sharded(jaxpar.make_mesh(data=1, devices=jax.devices()[:1]))
+        params = {"params": {"w": jnp.ones(2, "float32")}}
+        state = strategy.place(jaxpar.TrainState.create(params, optax.sgd(0.1), dynamic_scale=DynamicScale()))
+        loss_fn = lambda model, batch, rng: ((model["params"]["w"] * batch["x"]).mean(), {})
+        step = jaxpar.make_train_step(loss_fn, strategy, compute_dtype=jnp.float16)
+        for _ in range(2):
+            state, metrics = step(state, strategy.shard_batch({"x": np.ones((4, 2), "float16")}))
+    assert (int(state.step), float(metrics["skipped"])) == (2, 0)
 
 
 def test_states_of_one_model_and_optimizer_have_one_structure():

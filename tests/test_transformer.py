@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxpar
+from jaxpar import train_command
 from jaxpar.transformer import Features, Sizes, Transformer, attend_causally, rotate
 
 SIZES = Sizes(d_model=64, layers=2, heads=8, kv_heads=4, hidden=128)
@@ -58,6 +59,10 @@ def test_experts_add_their_penalty_to_each_rows_loss():
     # Balance is 1 or more a layer, and the router's logits are small at first.
     assert (penalty_B >= 2 * 0.01).all()
     assert (make_model().predict(TEXT_BT)[1] == 0).all()
+    # What is held out is scored without it.
+    batch = {"x": TEXT_BT, "y": TEXT_BT}
+    trained, _ = train_command.loss_fn(model, batch, jax.random.key(0))
+    np.testing.assert_allclose(trained - train_command.score_fn(model, batch, jax.random.key(0)), penalty_B, atol=1e-5)
 
 
 def test_rotated_products_depend_on_distance_alone():
