@@ -160,8 +160,11 @@ def test_the_sum_of_gradients_over_microbatches_stays_split():
     for shape in ("8x32", "32x8"):
         assert len(re.findall(rf'sdy.sharding_constraint .*"fsdp".* : tensor<{shape}xf32>', lowered.as_text())) == 3
     text = lowered.compile(compiler_options={"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}).as_text()
-    (loop,) = [line for line in text.splitlines() if " while(" in line]
-    carried = re.findall(r"f32\[[\d,]+\]", loop.split(" while(")[0])
+    # Smaller loops are XLA's own.
+    carries = [
+        re.findall(r"f32\[[\d,]+\]", line.split(" while(")[0]) for line in text.splitlines() if " while(" in line
+    ]
+    carried = max(carries, key=len)
     assert {"f32[8,4]", "f32[4,8]"} <= set(carried)
     assert not {"f32[8,32]", "f32[32,8]"} & set(carried)
 
