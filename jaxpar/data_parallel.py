@@ -98,6 +98,7 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
         manual_axes=lambda layout, accumulates: (axis_name,),
         run_shards=lambda fn, axes, batch: fn,
         constrain=lambda array, spec: array,
+        keep_rows=lambda fn, layout, axes, batch: fn,
         example_dims=2,
     )
     name = f"data_parallel({count} devices, axis_name={axis_name!r})"

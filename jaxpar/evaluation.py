@@ -118,9 +118,14 @@ def make_eval_step(
                 return call_model(fn, state.static, params, state.model_state, rows, keys, evaluating=True)
 
             fraction = 1 / math.prod(jax.lax.axis_size(axis) for axis in axes)
-            values, _ = sum_values(
-                call, batch, state.model_state, fraction=fraction, is_shared=strategy.shared, keep_rows=True
-            )
+            values, _ = strategy.engine.keep_rows(
+                lambda: sum_values(
+                    call, batch, state.model_state, fraction=fraction, is_shared=strategy.shared, keep_rows=True
+                ),
+                layout,
+                axes,
+                batch,
+            )()
             leaves, treedef = jax.tree.flatten(values, is_leaf=lambda node: isinstance(node, Weighted))
             is_rows = tuple(not isinstance(leaf, Weighted) for leaf in leaves)
             sums = [leaf for leaf, kept in zip(leaves, is_rows, strict=True) if not kept]

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.batch import BatchError, match_path
+from jaxpar.carries import split_carries
 from jaxpar.layout import Layout
 from jaxpar.mesh import BATCH_AXES, check_mesh, count_shards
 from jaxpar.partition import Leaf, Rules, Whole, axes_of, check_rules, match_leaf
@@ -90,7 +91,7 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         )
 
     def manual_axes(layout: Layout, accumulates: bool) -> tuple[str, ...]:
-        splits = {axis for row in layout.rows if row.path.startswith("params/") for axis in axes_of(row.spec)}
+        splits = _split_axes(layout)
         # An axis that splits parameters stays the compiler's: made manual, it would gather every weight whole at entry.
         # So do fsdp and expert even where they split none: a model's own reductions name the data axis alone.
         is_manual = accumulates and mesh.shape.get(AXIS_NAME, 1) > 1 and AXIS_NAME not in splits
@@ -117,6 +118,20 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         # A spec alone, for the mesh that is set: a sharding of `mesh` doesn't know which axes are manual here.
         return jax.lax.with_sharding_constraint(array, spec)
 
+    def keep_rows(fn: Callable[[], Any], layout: Layout, axes: tuple[str, ...], batch: Any) -> Callable[[], Any]:
+        named = [(match_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(batch)]
+        path, leaf = next((path, leaf) for path, leaf in named if leaf.ndim and not is_shared(path))
+        # A microbatch's rows need not divide by the manual axes too.
+        spec = batch_spec(path, (strategy.num_shards, *leaf.shape[1:]))
+        entry = tuple(axis for axis in axes_of(PartitionSpec(spec[0])) if axis not in axes)
+        if not set(entry) & _split_axes(layout):
+            return fn
+
+        def constrain_rows(array: jax.Array) -> jax.Array:
+            return constrain(array, PartitionSpec(entry, *[PartitionSpec.UNCONSTRAINED] * (array.ndim - 1)))
+
+        return split_carries(fn, leaf.shape[0], constrain_rows)
+
     engine = Engine(
         batch_spec,
         put_batch,
@@ -126,6 +141,7 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         manual_axes,
         run_shards,
         constrain,
+        keep_rows,
     )
     name = f"sharded({dict(mesh.shape)}, {len(rules)} list{'s' * (len(rules) != 1)} of rules)"
     strategy = Strategy(name, mesh, AXIS_NAME, count_shards(mesh, batch_axes), rules, is_shared, engine)
@@ -148,6 +164,11 @@ def _split_batch(batch_axes: tuple[str, ...], leaf: Leaf, mesh: Mesh, so_far: Pa
             )
         entries[1] = "context"
     return PartitionSpec(*entries)
+
+
+def _split_axes(layout: Layout) -> set[str]:
+    """The axes that split parameters."""
+    return {axis for row in layout.rows if row.path.startswith("params/") for axis in axes_of(row.spec)}
 
 
 def _first_spec(rules: Rules, path: str) -> Any:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from jaxpar.mesh import BATCH_AXES
 from jaxpar.state import is_key
 
 STAGE = "stage"
@@ -61,8 +63,18 @@ def as_part(part: Any) -> Part:
 
 
 def run_layers(fn: Callable[..., Any], leaves: Any, x: Any, more: Any, number: Any) -> Any:
-    """Returns `x` after each layer of the stacked leaves in turn."""
-    return lax.scan(lambda x, layer: (fn(layer, x, *more, number), None), x, leaves)[0]
+    """Returns `x` after each layer of the stacked leaves in turn; its rows stay split over the batch axes."""
+    return lax.scan(lambda x, layer: (fn(layer, x, *more, number), None), jax.tree.map(_split_rows, x), leaves)[0]
+
+
+def _split_rows(leaf: jax.Array) -> jax.Array:
+    # The builder does so for a scan of the model's own, but doesn't look into an island: see carries.py for why.
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes)
+    if not axes or not leaf.ndim or leaf.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return leaf
+    free = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
+    return lax.with_sharding_constraint(leaf, PartitionSpec(axes, *free))
 
 
 def when(active: Any, do: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any, anyone: Any = True) -> Any:

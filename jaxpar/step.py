@@ -43,6 +43,7 @@ class Engine(NamedTuple):
         shard of them; none where the compiler reduces. `accumulates` tells whether the batch is cut into parts.
       run_shards: `(fn, manual axes, batch)` -> `fn(carry, batch)` as each of those shards runs it.
       constrain: `(array, spec)` -> the array, kept so inside a step.
+      keep_rows: `(fn, layout, manual axes, batch)` -> `fn()`, in which what scans carry stays split by its rows.
       example_dims: how many leading dims of a placed leaf hold its examples: 1, or 2 as (shards, rows of one).
     """
 
@@ -54,6 +55,7 @@ class Engine(NamedTuple):
     manual_axes: Callable[[Layout, bool], tuple[str, ...]]
     run_shards: Callable[[Callable, tuple[str, ...], Any], Callable]
     constrain: Callable[[Any, PartitionSpec], Any]
+    keep_rows: Callable[[Callable[[], Any], Layout, tuple[str, ...], Any], Callable[[], Any]]
     example_dims: int = 1
 
 

@@ -151,7 +151,8 @@ def _sum_microbatch(plan: _Plan, carry: _Carry, model_state: Any, number: Any, r
             return {**metrics, "loss": loss}, after
 
         fraction = 1 / (shards * plan.num_microbatches)
-        values, after = sum_values(call, rows, model_state, fraction=fraction, is_shared=plan.strategy.shared)
+        sum_rows = lambda: sum_values(call, rows, model_state, fraction=fraction, is_shared=plan.strategy.shared)
+        values, after = plan.strategy.engine.keep_rows(sum_rows, plan.layout, plan.axes, rows)()
         total = values["loss"].total
         return (total if carry.scale is None else total * carry.scale), (values, after)
 

@@ -92,6 +92,34 @@ MUTATIONS = [
         "",
         COMPILED + "microbatches_gather_split_weights_and_reduce_their_gradients_in_the_loop[data]",
     ),
+    Mutation(
+        "a scan's carry left to the compiler over an axis that splits weights too",
+        "sharded.py",
+        "return split_carries(fn, leaf.shape[0], constrain_rows)",
+        "return fn",
+        COMPILED + "a_models_own_scan_gets_its_weights_gathered_and_never_the_rows_of_all_devices[nnx_scanned]",
+    ),
+    Mutation(
+        "a stage's rows left to the compiler over an axis that splits weights too",
+        "stack.py",
+        "jax.tree.map(_split_rows, x), leaves)[0]",
+        "x, leaves)[0]",
+        COMPILED + "stacked_layers_get_their_weights_gathered_and_never_the_rows_of_all_devices[sizes3-1]",
+    ),
+    Mutation(
+        "two scans' constraints given the variables of one",
+        "carries.py",
+        "jax.make_jaxpr(lambda x: constrain(x))",
+        "jax.make_jaxpr(constrain)",
+        "tests/test_carries.py::test_values_and_gradients_stay_as_they_are[bare]",
+    ),
+    Mutation(
+        "what a scan cuts into slices split by its layers",
+        "carries.py",
+        "atom.aval.shape == body.aval.shape and atom",
+        "atom",
+        "tests/test_carries.py::test_values_and_gradients_stay_as_they_are[bare]",
+    ),
     # Divisions and fractions.
     Mutation(
         "microbatches not counted in the fraction",

@@ -1,5 +1,6 @@
 """What the compiled programs hold: memory, donated buffers, and the collectives of hand-written JAX, no more."""
 
+import functools
 import re
 
 import jax
@@ -15,6 +16,8 @@ from models import DEVICES, STRATEGIES, make_batches, make_task, start, sub_mesh
 
 import jaxpar
 from jaxpar.state import named_leaves
+from jaxpar.train_command import loss_fn
+from jaxpar.transformer import Sizes, Transformer
 
 
 def test_init_never_holds_a_leaf_whole(monkeypatch):
@@ -209,3 +212,34 @@ def test_bf16_tables_may_be_indexed_in_microbatches_on_a_manual_axis():
     step = jaxpar.make_train_step(loss_fn, strategy, num_microbatches=2, compute_dtype=jnp.bfloat16)
     _, metrics = step(state, strategy.shard_batch({"x": np.arange(16) % 256}))
     assert float(metrics["loss"]) == 1
+
+
+@pytest.mark.parametrize("model", ["nnx_scanned", "linen_scanned"])
+def test_a_models_own_scan_gets_its_weights_gathered_and_never_the_rows_of_all_devices(model):
+    _, state, step = start("fsdp", make_task(model))
+    found = find_collectives(step.lower(state, make_batches("scanned", 1, rows=80)[0]).compile().as_text())
+    assert [one for one in found if any("[80," in shape for shape in one.shapes) and one.computation != "main"] == []
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"fsdp": 4, "model": 2}, {"fsdp": 4, "context": 2}, {"fsdp": 4, "stage": 2}]
+)
+def test_stacked_layers_get_their_weights_gathered_and_never_the_rows_of_all_devices(sizes, microbatches):
+    # Numbers of rows and bytes that no weight's dims have.
+    rows, num_bytes, parts = 80, 68, {"stage_microbatches": sizes.get("stage", 1)}
+    if "context" in sizes:
+        parts["attend"] = functools.partial(jaxpar.ring_attention, is_causal=True)
+    rules = {"stage": jaxpar.PIPELINE, "model": jaxpar.MEGATRON, "fsdp": jaxpar.FSDP}
+    strategy = jaxpar.sharded(sub_mesh(**sizes), *(rules[axis] for axis in rules if axis in sizes))
+
+    def init_fn(rng):
+        return jaxpar.TrainState.create(Transformer(Sizes(64, 2, 4, 4, 192), rngs=nnx.Rngs(rng), **parts), optax.sgd(1))
+
+    batch = {key: jax.ShapeDtypeStruct((rows, num_bytes), jnp.uint8) for key in "xy"}
+    step = jaxpar.make_train_step(loss_fn, strategy, num_microbatches=microbatches)
+    found = find_collectives(step.lower(strategy.abstract_state(init_fn), batch).compile().as_text())
+    inside = [one for one in found if one.computation != "main"]
+    whole = f"[{rows // microbatches // sizes.get('stage', 1)},"
+    assert [one for one in inside if any(whole in shape for shape in one.shapes)] == []
+    assert any(one.kind == "all-gather" for one in inside)

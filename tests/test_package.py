@@ -81,6 +81,7 @@ CORE = [
     "layout",
     "step",
     "initialisers",
+    "carries",
     "strategy",
     "sharded",
     "data_parallel",
