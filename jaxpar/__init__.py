@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from jaxpar.expert import MoE as MoE
     from jaxpar.expert import MoELosses as MoELosses
     from jaxpar.expert import mixture_of_experts as mixture_of_experts
+    from jaxpar.inspection.report import Inspection as Inspection
+    from jaxpar.inspection.report import InspectionError as InspectionError
+    from jaxpar.inspection.report import inspect as inspect
     from jaxpar.layout import Layout as Layout
     from jaxpar.layout import LayoutRow as LayoutRow
     from jaxpar.loss import LossError as LossError
@@ -68,6 +71,7 @@ _HOME = {
     "data_parallel": ("data_parallel",),
     "evaluation": ("EvalStep", "evaluate", "make_eval_step"),
     "expert": ("ExpertError", "ExpertKernels", "MoE", "MoELosses", "mixture_of_experts"),
+    "inspection.report": ("Inspection", "InspectionError", "inspect"),
     "layout": ("Layout", "LayoutRow"),
     "loss": ("LossError", "Weighted"),
     "mesh": ("AXES", "MeshError", "fake_devices", "make_mesh"),

@@ -85,16 +85,20 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
     def lower(fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> Any:
         return mapped(fn, carries_state, compiler_options).lower(state, batch)
 
+    def trace(fn: StepFn, state: Any, batch: Any) -> Any:
+        return jax.make_jaxpr(jax.pmap(fn, axis_name, in_axes=(None, 0), devices=chosen))(state, batch)
+
     def prepare(fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> StepFn:
         run = mapped(fn, carries_state, compiler_options)
         return _watch_drift(run, chosen, axis_name) if carries_state else run
 
     engine = Engine(
-        batch_spec,
-        put_batch,
-        abstract_batch,
-        lower,
-        prepare,
+        batch_spec=batch_spec,
+        put_batch=put_batch,
+        abstract_batch=abstract_batch,
+        lower=lower,
+        trace=trace,
+        prepare=prepare,
         manual_axes=lambda layout, accumulates: (axis_name,),
         run_shards=lambda fn, axes, batch: fn,
         constrain=lambda array, spec: array,

@@ -36,23 +36,24 @@ class EvalStep:
 
     Attributes:
       strategy: the strategy.
+      step: what is compiled: it gives sums over the batch, and rows.
     """
 
     def __init__(self, strategy: Strategy, step: Step):
-        self.strategy, self._step = strategy, step
+        self.strategy, self.step = strategy, step
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
         """Returns what the function gives for a placed batch: means over its examples, and rows as they are."""
-        sums, rows, shape = self._step(state, batch)
+        sums, rows, shape = self.step(state, batch)
         return shape.join([mean_value(value) for value in sums], [self._as_rows(leaf) for leaf in rows])
 
     def lower(self, state: Any, batch: Any) -> Any:
         """Returns `jax.stages.Lowered` for a state and a raw global batch, arrays or shapes."""
-        return self._step.lower(state, batch)
+        return self.step.lower(state, batch)
 
     def sum_batch(self, state: TrainState, batch: Any, num_rows: int) -> Any:
         """Returns a `Weighted` for each value: its sum over a placed batch of `num_rows` rows, and what it weighs."""
-        sums, rows, shape = self._step(state, batch)
+        sums, rows, shape = self.step(state, batch)
         sums = [
             Weighted(value.total * num_rows, num_rows if value.weight is None else value.weight * num_rows)
             for value in sums
@@ -134,7 +135,10 @@ def make_eval_step(
 
         return strategy.engine.run_shards(sum_shard, axes, batch)(state, batch)
 
-    return EvalStep(strategy, Step(strategy, eval_step, carries_state=False, compiler_options=compiler_options))
+    return EvalStep(
+        strategy,
+        Step(strategy, eval_step, carries_state=False, compute_dtype=compute_dtype, compiler_options=compiler_options),
+    )
 
 
 def evaluate(eval_step: EvalStep, state: TrainState, batches: Iterable[Any]) -> Any:

@@ -133,15 +133,16 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         return split_carries(fn, leaf.shape[0], constrain_rows)
 
     engine = Engine(
-        batch_spec,
-        put_batch,
-        abstract_batch,
-        functools.partial(_lower, mesh),
-        functools.partial(_prepare, mesh),
-        manual_axes,
-        run_shards,
-        constrain,
-        keep_rows,
+        batch_spec=batch_spec,
+        put_batch=put_batch,
+        abstract_batch=abstract_batch,
+        lower=functools.partial(_lower, mesh),
+        trace=functools.partial(_trace, mesh),
+        prepare=functools.partial(_prepare, mesh),
+        manual_axes=manual_axes,
+        run_shards=run_shards,
+        constrain=constrain,
+        keep_rows=keep_rows,
     )
     name = f"sharded({dict(mesh.shape)}, {len(rules)} list{'s' * (len(rules) != 1)} of rules)"
     strategy = Strategy(name, mesh, AXIS_NAME, count_shards(mesh, batch_axes), rules, is_shared, engine)
@@ -214,6 +215,11 @@ def _lower(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, 
     )
     with jax.set_mesh(mesh):
         return jitted.lower(state, batch)
+
+
+def _trace(mesh: Mesh, fn: StepFn, state: Any, batch: Any) -> Any:
+    with jax.set_mesh(mesh):
+        return jax.make_jaxpr(fn)(state, batch)
 
 
 def _prepare(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> StepFn:

@@ -38,7 +38,8 @@ class Engine(NamedTuple):
       put_batch: a read and checked batch -> its arrays on the devices.
       abstract_batch: a read and checked batch -> the shapes and shardings that `put_batch` would give.
       lower: `(fn, state, batch, carries_state, compiler_options)` -> `jax.stages.Lowered`.
-      prepare: the same -> the callable that runs it.
+      trace: `(fn, state, batch)` -> what `jax.make_jaxpr` gives of the step.
+      prepare: as `lower` -> the callable that runs it.
       manual_axes: `(layout, accumulates)` -> the axes over which a step must reduce what it sums, since it sees one
         shard of them; none where the compiler reduces. `accumulates` tells whether the batch is cut into parts.
       run_shards: `(fn, manual axes, batch)` -> `fn(carry, batch)` as each of those shards runs it.
@@ -51,6 +52,7 @@ class Engine(NamedTuple):
     put_batch: Callable[[Any], Any]
     abstract_batch: Callable[[Any], Any]
     lower: Callable[..., Any]
+    trace: Callable[[StepFn, Any, Any], Any]
     prepare: Callable[..., StepFn]
     manual_axes: Callable[[Layout, bool], tuple[str, ...]]
     run_shards: Callable[[Callable, tuple[str, ...], Any], Callable]
@@ -67,6 +69,8 @@ class Step:
     Attributes:
       strategy: the strategy.
       fn: the function that was compiled.
+      num_microbatches: into how many parts it cuts the batch.
+      compute_dtype: what it casts floating-point parameters to; None if it doesn't.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Step:
         *,
         carries_state: bool = True,
         num_microbatches: int = 1,
+        compute_dtype: Any = None,
         compiler_options: dict[str, Any] | None = None,
     ):
         if not callable(fn):
@@ -83,7 +88,7 @@ class Step:
         if compiler_options is not None and not isinstance(compiler_options, dict):
             raise ValueError(f"compiler_options is {compiler_options!r}; give a dict of XLA's options by name.")
         self.strategy, self.fn = strategy, _keep_state(fn) if carries_state else fn
-        self._carries_state, self._num_microbatches = carries_state, num_microbatches
+        self._carries_state, self.num_microbatches, self.compute_dtype = carries_state, num_microbatches, compute_dtype
         self._compiler_options = compiler_options
         self._runs: dict[Any, StepFn] = {}
         self._last: tuple[Any, Any] = None, None
@@ -122,6 +127,13 @@ class Step:
         self._check_state(state)
         self._check_rows(batch)
         return self.strategy.engine.lower(self.fn, state, batch, self._carries_state, self._compiler_options)
+
+    def trace(self, state: Any, batch: Any) -> Any:
+        """Returns the step's jaxpr for a state and a raw global batch, arrays or shapes: nothing is compiled."""
+        batch = self.strategy.abstract_batch(batch)
+        self._check_state(state)
+        self._check_rows(batch)
+        return self.strategy.engine.trace(self.fn, state, batch)
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
@@ -199,7 +211,7 @@ class Step:
                     )
 
     def _check_rows(self, batch: Any) -> None:
-        strategy, count = self.strategy, self._num_microbatches
+        strategy, count = self.strategy, self.num_microbatches
         if count == 1:
             return
         rows = _global_rows(strategy, batch)

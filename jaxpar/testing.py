@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxpar.batch import match_path, read_batch
 from jaxpar.data_parallel import data_parallel
+from jaxpar.inspection.budget import assert_collectives as assert_collectives
 from jaxpar.mesh import make_mesh
 from jaxpar.oracle import View, find_narrowed_loss, one_device_step
 from jaxpar.rules import FSDP, MEGATRON, ZERO1
@@ -110,8 +111,7 @@ def assert_trains_like_one_device(
 
     Raises:
       ValueError: an argument that can't be.
-      AssertionError: they differ; the message names the first step and the leaf, by how much, and in float64 the
-        operations that fell back to float32. What the strategy raises passes through.
+      AssertionError: they differ: the first step, the leaf, by how much, and operations left in float32 in float64.
 
     >>> import optax
     >>> from flax import nnx

@@ -87,7 +87,13 @@ def make_train_step(
         sum_shard = functools.partial(_sum_gradients, plan)
         return _update(state, strategy.engine.run_shards(sum_shard, axes, batch)(carry, batch))
 
-    return Step(strategy, train_step, num_microbatches=int(num_microbatches), compiler_options=compiler_options)
+    return Step(
+        strategy,
+        train_step,
+        num_microbatches=int(num_microbatches),
+        compute_dtype=compute_dtype,
+        compiler_options=compiler_options,
+    )
 
 
 class _Plan(NamedTuple):

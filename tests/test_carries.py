@@ -34,7 +34,9 @@ def test_values_and_gradients_stay_as_they_are(way):
     seen = []
 
     def split(x, w):
-        return split_carries(lambda: WAYS[way](x, w), ROWS, lambda x: seen.append(x.shape) or jax.lax.optimization_barrier(x))()
+        return split_carries(
+            lambda: WAYS[way](x, w), ROWS, lambda x: seen.append(x.shape) or jax.lax.optimization_barrier(x)
+        )()
 
     for fn in (lambda fn: fn, lambda fn: jax.grad(lambda *args: fn(*args)[0].sum(), argnums=(0, 1))):
         jax.tree.map(np.testing.assert_array_equal, jax.jit(fn(WAYS[way]))(x, w), jax.jit(fn(split))(x, w))

@@ -14,7 +14,9 @@ import pytest
 import jaxpar
 
 PACKAGE = pathlib.Path(jaxpar.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "__main__"))
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for path in FILES]
+MODULES = [name for name in NAMES if not name.endswith(("__init__", "__main__"))]
 PUBLIC = [
     "AXES",
     "BatchError",
@@ -25,6 +27,8 @@ PUBLIC = [
     "ExpertError",
     "ExpertKernels",
     "FSDP",
+    "Inspection",
+    "InspectionError",
     "Layout",
     "LayoutRow",
     "Leaf",
@@ -50,6 +54,7 @@ PUBLIC = [
     "experts",
     "fake_devices",
     "fsdp",
+    "inspect",
     "make_eval_step",
     "make_mesh",
     "make_train_step",
@@ -90,10 +95,12 @@ ENGINES = {"sharded", "data_parallel"}
 # The islands' modules, each importing only those before it and these of the core.
 ISLANDS = ["schedule", "sequence", "context", "expert", "stack", "pipeline", "pipeline_loss"]
 UNDER_ISLANDS = {"mesh", "state", "loss"}
+# What reads a program's text knows nothing of steps.
+READERS = ["inspection.hlo", "inspection.collectives", "inspection.flops"]
 
 
 def tree_of(module):
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
 
 
 def type_checking_only(tree):
@@ -113,9 +120,9 @@ def imports_of(module):
         if id(node) in skipped:
             continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxpar":
-            names |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+            names |= {node.module.partition(".")[2]} if "." in node.module else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("jaxpar.")}
+            names |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("jaxpar.")}
     return {jaxpar._MODULE_OF.get(name, name) for name in names} & set(MODULES) - {module}
 
 
@@ -157,6 +164,7 @@ SHOWN_ELSEWHERE = VALUES | {
     "Leaf",
     "Step",
     "EvalStep",
+    "Inspection",
 }
 SHOWN_ELSEWHERE |= {name for name in PUBLIC if name.endswith("Error")}
 
@@ -196,6 +204,11 @@ def test_an_island_knows_nothing_of_steps(module):
     assert imports_of(module) <= UNDER_ISLANDS.union(ISLANDS[: ISLANDS.index(module)])
 
 
+@pytest.mark.parametrize("module", READERS)
+def test_a_reader_of_programs_imports_only_readers(module):
+    assert imports_of(module) <= set(READERS)
+
+
 @pytest.mark.parametrize("module", ["train", "evaluation", "strategy", "step", "loss", "layout"])
 def test_the_builder_knows_no_engine(module):
     def reached(name):
@@ -215,7 +228,7 @@ def test_one_file_says_pmap():
     assert [module for module in MODULES if says_pmap(module)] == ["data_parallel"]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_no_file_uses_jaxs_private_modules(path):
     imported = [
         name
@@ -233,7 +246,7 @@ def test_no_file_uses_jaxs_private_modules(path):
     assert not [name for name in imported if "jax._src" in name or name.startswith("jaxlib")]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_no_library_code_asserts_or_swallows(path):
     tree = ast.parse(path.read_text())
     # What users call in tests raises AssertionError by its nature, and says so with `raise`.
@@ -246,7 +259,7 @@ def test_no_library_code_asserts_or_swallows(path):
     assert not silent
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_files_and_functions_keep_to_their_sizes(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 400

@@ -1,0 +1,166 @@
+"""The fewest bytes that a state's layout lets a step send, and which collectives move weights, gradients or else.
+
+Over an axis of n devices that splits a leaf of B bytes, n-1 of n parts come from elsewhere: each gather of it, and the
+reduction of its gradient, sends B (n-1)/n (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). Over one that
+does not split it, its gradient is all-reduced: 2 B (n-1)/n. B is what the other axes leave of it.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxpar.inspection.collectives import Collective
+from jaxpar.layout import LayoutRow
+from jaxpar.mesh import BATCH_AXES
+
+# An expert's weights stay where they are, and its tokens come to them.
+_STAYS = ("expert",)
+
+
+class Traffic(NamedTuple):
+    """What a device sends in a step over some axes, for one purpose.
+
+    Attributes:
+      axes: the mesh axes.
+      purpose: `weights and gradients`, `activations` or `scalars`.
+      bytes: as the program sends them.
+      logical_bytes: as a program would that gathers in the dtype it computes in, and keeps of a sum its own part alone:
+        XLA on CPU does neither.
+      bound: the fewest that the layout allows; None where nothing declares it.
+    """
+
+    axes: tuple[str, ...]
+    purpose: str
+    bytes: int
+    logical_bytes: int
+    bound: int | None
+
+
+class Terms(NamedTuple):
+    """What of a step the bounds depend on, beside the layout.
+
+    Attributes:
+      frozen: the paths of the parameters that get no gradient.
+      compute_dtype: what the step casts floating-point parameters to, and so gathers and reduces; None for their own.
+      num_microbatches: how often it gathers and reduces what batch axes split.
+      summed_axes: the axes over which the builder itself sums gradients, once, in the dtype of their parameters.
+    """
+
+    frozen: frozenset[str] = frozenset()
+    compute_dtype: Any = None
+    num_microbatches: int = 1
+    summed_axes: tuple[str, ...] = ()
+
+    def width(self, row: LayoutRow) -> int:
+        """The bytes of a leaf's element as it is gathered."""
+        size = np.dtype(row.dtype).itemsize
+        return size if self.compute_dtype is None else min(np.dtype(self.compute_dtype).itemsize, size)
+
+    def gradient_width(self, row: LayoutRow, axes: tuple[str, ...]) -> int:
+        """The bytes of an element of a leaf's gradient as it is summed over the axes."""
+        return np.dtype(row.dtype).itemsize if set(axes) & set(self.summed_axes) else self.width(row)
+
+
+class Purposes(NamedTuple):
+    """A program's traffic, and the collectives that no rule or island explains, largest first."""
+
+    traffic: tuple[Traffic, ...]
+    unexplained: tuple[Collective, ...]
+
+
+def sort_traffic(collectives: Iterable[Collective], rows: Iterable[LayoutRow], mesh: Mesh, terms: Terms) -> Purposes:
+    """Returns the traffic of a step by axes and purpose, each beside its bound.
+
+    A collective belongs to a leaf if what it moves has the leaf's dims, whole or as the mesh splits them, with or
+    without the leading dim of a stack of layers.
+    """
+    params = [row for row in rows if row.path.startswith("params/") and math.prod(row.shape) > 1]
+    found: dict[tuple[tuple[str, ...], str], list[Collective]] = {}
+    for one in collectives:
+        if one.group_size > 1:
+            found.setdefault((one.axes, _purpose_of(one, params, mesh)), []).append(one)
+    traffic, unexplained = [], []
+    for (axes, purpose), ones in found.items():
+        sent = sum(one.bytes_a_step for one in ones)
+        logical, bound = sent, None
+        if purpose == "weights and gradients":
+            logical = sum(_logical_bytes(one, params, mesh, terms) for one in ones)
+            bound = _bound(axes, params, mesh, terms, logical)
+        elif purpose == "activations" and set(axes) <= set(BATCH_AXES) - set(_STAYS):
+            unexplained += ones
+        traffic.append(Traffic(axes, purpose, sent, logical, bound))
+    return Purposes(
+        tuple(sorted(traffic, key=lambda one: -one.bytes)),
+        tuple(sorted(unexplained, key=lambda one: -one.bytes_a_step)),
+    )
+
+
+def _purpose_of(one: Collective, params: list[LayoutRow], mesh: Mesh) -> str:
+    if math.prod(one.array.dims) <= 1:
+        return "scalars"
+    return "weights and gradients" if _leaf_of(one, params, mesh) is not None else "activations"
+
+
+def _leaf_of(one: Collective, params: list[LayoutRow], mesh: Mesh) -> LayoutRow | None:
+    """A parameter whose dims are those that a collective over batch axes moves; None if there is none."""
+    if not one.axes or not set(one.axes) <= set(BATCH_AXES) - set(_STAYS):
+        return None
+    dims = _key(one.array.dims)
+    return next((row for row in params if dims in _keys(row, mesh, one.axes)), None)
+
+
+def _keys(row: LayoutRow, mesh: Mesh, axes: tuple[str, ...]) -> set[tuple[int, ...]]:
+    shapes = [_shard(row, mesh, ()), _shard(row, mesh, axes)]
+    return {_key(dims) for shape in shapes for dims in (shape, shape[1:]) if math.prod(dims) > 1}
+
+
+def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(dim for dim in dims if dim != 1))
+
+
+def _shard(row: LayoutRow, mesh: Mesh, gathered: tuple[str, ...]) -> tuple[int, ...]:
+    """What a device has of a leaf that is whole over the `gathered` axes."""
+    return tuple(
+        size // math.prod(mesh.shape[axis] for axis in _entry(row.spec, dim) if axis not in gathered)
+        for dim, size in enumerate(row.shape)
+    )
+
+
+def _entry(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
+    entry = spec[dim] if dim < len(spec) else None
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _split_over(row: LayoutRow, axes: tuple[str, ...]) -> tuple[str, ...]:
+    split = {axis for dim in range(len(row.shape)) for axis in _entry(row.spec, dim)}
+    return tuple(axis for axis in axes if axis in split)
+
+
+def _logical_bytes(one: Collective, params: list[LayoutRow], mesh: Mesh, terms: Terms) -> int:
+    row, count = _leaf_of(one, params, mesh), one.bytes_a_step
+    if row is None:
+        return count
+    if one.kind == "all-reduce" and _split_over(row, one.axes) == one.axes:
+        count //= 2
+    is_sum = one.kind in ("all-reduce", "reduce-scatter")
+    width = terms.gradient_width(row, one.axes) if is_sum else terms.width(row)
+    return count * min(width, one.array.width) // one.array.width
+
+
+def _bound(axes: tuple[str, ...], params: list[LayoutRow], mesh: Mesh, terms: Terms, sent: int) -> int:
+    """The fewest bytes over these axes: as many gathers as the program sends enough for, and the reductions."""
+    gather = reduce = 0.0
+    count = math.prod(mesh.shape[axis] for axis in axes)
+    for row in params:
+        split, trained = _split_over(row, axes), row.path not in terms.frozen
+        part = math.prod(_shard(row, mesh, axes if split == axes else ())) * (count - 1) / count
+        if split == axes:
+            gather += part * terms.width(row)
+            reduce += part * terms.gradient_width(row, axes) * terms.num_microbatches * trained
+        elif not split:
+            reduce += 2 * part * terms.gradient_width(row, axes) * trained
+    gathers = round((sent - reduce) / gather) if gather else 0
+    return round(reduce + gather * min(max(gathers, 1), 2 * terms.num_microbatches))

@@ -1,0 +1,72 @@
+"""`assert_collectives`: what a step may send, pinned in a test."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxpar.inspection.collectives import KINDS
+from jaxpar.inspection.report import inspect
+from jaxpar.layout import format_bytes
+from jaxpar.mesh import AXES
+
+
+def assert_collectives(
+    train_step: Any,
+    state: Any,
+    batch: Any,
+    budget: Mapping[str, int],
+    *,
+    slice_of: Callable[[Any], int] | None = None,
+) -> None:
+    """Raises AssertionError if a step sends what a budget doesn't name, or more of it, or none of what it names.
+
+    Single numbers, as the means of metrics are, don't count.
+
+    Args:
+      train_step: the step; as state and batch, what `jaxpar.inspect` takes.
+      state: arrays or shapes.
+      batch: the raw global batch, arrays or shapes.
+      budget: `"kind axes"` -> the most bytes that a device may send in a step: `{"all-reduce data": 2**20,
+        "all-gather fsdp": 2**22, "all-reduce data,fsdp": 4096}`.
+      slice_of: tells which slice a device is on.
+
+    Raises:
+      AssertionError: the message gives the collective, both numbers and the model's own lines.
+      ValueError: the budget names an unknown kind or axis.
+
+    >>> import jax, jaxpar, optax
+    >>> from flax import nnx
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    >>> init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(64, 32, rngs=nnx.Rngs(rng)), optax.sgd(0.1))
+    >>> step = jaxpar.make_train_step(lambda model, batch, rng: ((model(batch["x"]) ** 2).mean(), {}), strategy)
+    >>> batch = {"x": jax.ShapeDtypeStruct((16, 64), "float32")}
+    >>> assert_collectives(step, strategy.abstract_state(init_fn), batch, {"all-reduce data": 14560})
+    """
+    for name in budget:
+        kind, _, axes = name.partition(" ")
+        unknown = [axis for axis in axes.split(",") if axis not in AXES]
+        if kind not in KINDS or unknown:
+            raise ValueError(
+                f"The budget has {name!r}; write a kind and axes, as 'all-reduce data' or 'all-gather fsdp,model'. "
+                f"Kinds are {', '.join(KINDS)}; axes are {', '.join(AXES)}."
+            )
+    report = inspect(train_step, state, batch, slice_of=slice_of)
+    sent: dict[str, int] = {}
+    sources: dict[str, list[str]] = {}
+    for one in report.collectives:
+        if math.prod(one.array.dims) == 1:
+            continue
+        name = f"{one.kind} {','.join(one.axes)}"
+        sent[name] = sent.get(name, 0) + one.bytes_a_step
+        sources.setdefault(name, []).append(one.source or one.operation)
+    wrong = []
+    for name in sorted(set(sent) | set(budget)):
+        count, allowed = sent.get(name, 0), budget.get(name, 0)
+        if name in budget and not count:
+            wrong.append(f"{name}: the budget allows {format_bytes(allowed)}, but the step sends none")
+        elif count > allowed:
+            places = ", ".join(dict.fromkeys(filter(None, sources[name])))
+            allows = f"allows {allowed} bytes" if name in budget else "doesn't name it"
+            wrong.append(f"{name}: the step sends {count} bytes on each device, but the budget {allows}; at {places}")
+    if wrong:
+        raise AssertionError(f"{report.strategy} doesn't keep to its collectives:\n  " + "\n  ".join(wrong))

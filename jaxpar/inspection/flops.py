@@ -1,0 +1,100 @@
+"""Floating-point operations of a step, counted in its jaxpr: matrix products and convolutions, loops by their trips."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Product(NamedTuple):
+    """A matrix product, or a convolution seen as one: (M, K) by (K, N), `batch` of them.
+
+    Attributes:
+      shape: `(batch, M, K, N)`, of whole arrays, over all devices.
+      dtype: of what is multiplied.
+      times: how often it runs in a step.
+    """
+
+    shape: tuple[int, int, int, int]
+    dtype: str
+    times: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations in a step: a multiplication and an addition for each of batch M K N."""
+        return 2 * math.prod(self.shape) * self.times
+
+    @property
+    def intensity(self) -> float:
+        """Operations for each byte that its inputs and output take: below a chip's own ratio, memory binds it."""
+        _, m, k, n = self.shape
+        size = np.dtype(self.dtype).itemsize
+        return 2 * m * k * n / ((m * k + k * n + m * n) * size)
+
+
+def count_products(jaxpr: Any) -> tuple[Product, ...]:
+    """Returns the matrix products of a jaxpr, each as often as it runs; a `while` loop's are counted once.
+
+    >>> import jax, jax.numpy as jnp
+    >>> step = lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)
+    >>> count_products(jax.make_jaxpr(step)(jnp.ones((4, 8)), jnp.ones((3, 8, 8))))
+    (Product(shape=(1, 4, 8, 8), dtype='float32', times=3),)
+    """
+    counts: dict[tuple[tuple[int, int, int, int], str], int] = {}
+    for shape, dtype, times in _visit(getattr(jaxpr, "jaxpr", jaxpr), 1):
+        counts[shape, dtype] = counts.get((shape, dtype), 0) + times
+    products = (Product(shape, dtype, times) for (shape, dtype), times in counts.items())
+    return tuple(sorted(products, key=lambda one: -one.flops))
+
+
+def _visit(jaxpr: Any, times: int) -> Iterator[tuple[tuple[int, int, int, int], str, int]]:
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            yield _product_shape(eqn), str(eqn.invars[0].aval.dtype), times
+        elif name == "conv_general_dilated":
+            yield _convolution_shape(eqn), str(eqn.invars[0].aval.dtype), times
+        inner = [body for value in eqn.params.values() for body in _bodies(value)]
+        if name == "cond":
+            # One branch runs: the costliest is what a device may have to do.
+            branches = [list(_visit(body, times)) for body in inner]
+            yield from max(
+                branches, key=lambda rows: sum(math.prod(shape) * count for shape, _, count in rows), default=[]
+            )
+            continue
+        for body in inner:
+            yield from _visit(body, times * _repeats(eqn))
+
+
+def _repeats(eqn: Any) -> int:
+    """How often an equation runs what it holds: a scan its length; a manual region once on each of its devices."""
+    if eqn.primitive.name == "scan":
+        return eqn.params["length"]
+    if eqn.primitive.name == "shard_map":
+        sizes = eqn.params["mesh"].shape
+        return math.prod(sizes[axis] for axis in eqn.params.get("manual_axes", sizes))
+    if eqn.primitive.name == "pallas_call":
+        return math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
+    return 1
+
+
+def _bodies(value: Any) -> Iterator[Any]:
+    for one in value if isinstance(value, tuple | list) else (value,):
+        body = getattr(one, "jaxpr", one)
+        if hasattr(body, "eqns"):
+            yield body
+
+
+def _product_shape(eqn: Any) -> tuple[int, int, int, int]:
+    (left, _), (left_batch, _) = eqn.params["dimension_numbers"]
+    a, b = (atom.aval.shape for atom in eqn.invars)
+    batch, k = math.prod(a[dim] for dim in left_batch), math.prod(a[dim] for dim in left)
+    return batch, math.prod(a) // (batch * k or 1), k, math.prod(b) // (batch * k or 1)
+
+
+def _convolution_shape(eqn: Any) -> tuple[int, int, int, int]:
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    features = kernel[numbers.rhs_spec[0]]
+    return groups, math.prod(out) // out[numbers.out_spec[1]], math.prod(kernel) // features, features // groups

@@ -1,0 +1,273 @@
+"""`inspect`: what a step will do once it runs, as a report; changes with what a user must see of it."""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxpar.evaluation import EvalStep
+from jaxpar.inspection.bounds import Terms, Traffic, sort_traffic
+from jaxpar.inspection.collectives import Collective, find_collectives
+from jaxpar.inspection.flops import Product, count_products
+from jaxpar.inspection.hlo import read_program
+from jaxpar.layout import LayoutRow, format_bytes
+from jaxpar.state import TrainState
+from jaxpar.step import Step
+
+
+class InspectionError(TypeError):
+    """What can't be inspected: the message says what can."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Inspection:
+    """What a compiled step will do: `print` it, show it in a notebook, or read its fields.
+
+    Attributes:
+      strategy: how the strategy was made, as text.
+      mesh: the devices.
+      param_bytes: parameters, on a device.
+      optimizer_bytes: optimizer state, on a device.
+      ideal_bytes: parameters and optimizer state, if every device of the mesh held an equal part.
+      argument_bytes: all that a step is given, on a device.
+      temp_bytes: activations and what else lives while it runs, on a device.
+      peak_bytes: arguments, outputs that take no argument's place, and temporaries, on a device.
+      left_whole: the leaves that a heuristic left whole, largest first, each with its reason.
+      collectives: every collective.
+      traffic: what a device sends in a step, by axes and purpose, beside the fewest bytes that the layout allows.
+      unexplained: the collectives over batch axes that no rule explains, largest first.
+      products: the matrix products, costliest first.
+    """
+
+    strategy: str
+    mesh: Mesh
+    param_bytes: int
+    optimizer_bytes: int
+    ideal_bytes: int
+    argument_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    left_whole: tuple[LayoutRow, ...]
+    collectives: tuple[Collective, ...]
+    traffic: tuple[Traffic, ...]
+    unexplained: tuple[Collective, ...]
+    products: tuple[Product, ...]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all matrix products in a step, over all devices."""
+        return sum(one.flops for one in self.products)
+
+    @property
+    def wire_bytes(self) -> int:
+        """What a device sends in a step."""
+        return sum(one.bytes_a_step for one in self.collectives)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as plain numbers, strings, lists and dicts, as JSON takes them."""
+        of = lambda rows: [{**row._asdict(), "array": str(row.array)} for row in rows]
+        names = ("param", "optimizer", "ideal", "argument", "temp", "peak")
+        return {
+            "strategy": self.strategy,
+            "mesh": dict(self.mesh.shape),
+            **{f"{name}_bytes": getattr(self, f"{name}_bytes") for name in names},
+            "left_whole": [
+                {"path": row.path, "bytes": row.bytes_per_device, "why": row.note} for row in self.left_whole
+            ],
+            "wire_bytes": self.wire_bytes,
+            "traffic": [row._asdict() for row in self.traffic],
+            "collectives": of(self.collectives),
+            "unexplained": of(self.unexplained),
+            "flops": self.flops,
+            "products": [{**row._asdict(), "flops": row.flops} for row in self.products],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.strategy}: a step on {self.mesh.size} devices"]
+        lines += _align([("memory", "a device"), *self._memory_rows()])
+        if self.left_whole:
+            lines += ["left whole:"] + [
+                f"  {row.path}  {format_bytes(row.bytes_per_device)}  {row.note}" for row in self.left_whole[:8]
+            ]
+        lines += [
+            "",
+            *_align([("sent by a device in a step", "over", "bytes", "at least", "ratio"), *self._traffic_rows()]),
+        ]
+        lines += ["", *_align([("collective", "over", "bytes", "times", "", "from"), *self._collective_rows()])]
+        lines += [f"no rule explains: {_describe(one)}" for one in self.unexplained[:8]]
+        lines += [
+            "",
+            *_align(
+                [("matrix product (batch, M, K, N)", "dtype", "times", "flops", "flops/byte"), *self._product_rows()]
+            ),
+        ]
+        lines.append(f"{self.flops:.4g} floating-point operations in all, {self.flops / self.mesh.size:.4g} a device")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        """Returns the report as tables for a rich console."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        parts: list[Any] = [Text(f"{self.strategy}: a step on {self.mesh.size} devices", style="bold")]
+        for heads, rows in (
+            (("memory", "a device"), self._memory_rows()),
+            (
+                ("left whole", "a device", "why"),
+                [(r.path, format_bytes(r.bytes_per_device), r.note) for r in self.left_whole],
+            ),
+            (("sent by a device in a step", "over", "bytes", "at least", "ratio"), self._traffic_rows()),
+            (("collective", "over", "bytes", "times", "", "from"), self._collective_rows()),
+            (("no rule explains",), [(_describe(one),) for one in self.unexplained[:8]]),
+            (("matrix product (batch, M, K, N)", "dtype", "times", "flops", "flops/byte"), self._product_rows()),
+        ):
+            if rows:
+                table = Table(*heads)
+                for row in rows:
+                    table.add_row(*row)
+                parts.append(table)
+        return Group(*parts)
+
+    def _repr_html_(self) -> str:
+        from rich.console import Console
+
+        console = Console(record=True, file=io.StringIO(), width=140)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _memory_rows(self) -> list[tuple[str, ...]]:
+        share = self.param_bytes + self.optimizer_bytes
+        return [
+            ("parameters", format_bytes(self.param_bytes)),
+            ("optimizer state", format_bytes(self.optimizer_bytes)),
+            ("both, were they split over all devices", f"{format_bytes(self.ideal_bytes)} of {format_bytes(share)}"),
+            ("activations and temporaries", format_bytes(self.temp_bytes)),
+            ("peak", format_bytes(self.peak_bytes)),
+        ]
+
+    def _traffic_rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                row.purpose,
+                " x ".join(row.axes) or "no axis",
+                format_bytes(row.bytes)
+                + (f" ({format_bytes(row.logical_bytes)})" if row.logical_bytes != row.bytes else ""),
+                "-" if row.bound is None else format_bytes(row.bound),
+                "-" if not row.bound else f"{row.logical_bytes / row.bound:.2f}",
+            )
+            for row in self.traffic
+        ]
+
+    def _collective_rows(self) -> list[tuple[str, ...]]:
+        grouped: dict[tuple[Any, ...], int] = {}
+        for one in self.collectives:
+            slow = "across slices" if one.crosses_slices else ""
+            how = ", ".join(filter(None, ("asynchronous" if one.is_asynchronous else "", slow)))
+            times = "unknown" if one.times is None else str(one.times)
+            key = (one.kind, " x ".join(one.axes) or "no axis", times, how, one.source or one.operation)
+            grouped[key] = grouped.get(key, 0) + one.bytes_a_step
+        largest = sorted(grouped.items(), key=lambda item: -item[1])[:20]
+        return [(kind, axes, format_bytes(size), *rest) for (kind, axes, *rest), size in largest]
+
+    def _product_rows(self) -> list[tuple[str, ...]]:
+        return [
+            (str(one.shape), one.dtype, str(one.times), f"{one.flops:.3g}", f"{one.intensity:.0f}")
+            for one in self.products[:10]
+        ]
+
+
+def inspect(
+    train_step: Step | EvalStep, state: Any, batch: Any, *, slice_of: Callable[[Any], int] | None = None
+) -> Inspection:
+    """Returns what a step will do: its memory, its collectives beside the fewest bytes they could move, its products.
+
+    Compiles the step, and runs nothing: the state and the raw global batch may be arrays or shapes.
+
+    Args:
+      train_step: from `make_train_step`, `make_eval_step` or `strategy.compile`.
+      state: from `strategy.init` or `strategy.abstract_state`.
+      batch: as `shard_batch` takes it, or shapes.
+      slice_of: tells which slice a device is on; by default what JAX knows of it.
+
+    Raises:
+      InspectionError: `train_step` is no step.
+      StateError, BatchError: the state or the batch doesn't fit the step.
+
+    >>> import jaxpar, optax
+    >>> from flax import nnx
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    >>> init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(64, 32, rngs=nnx.Rngs(rng)), optax.sgd(0.1))
+    >>> step = jaxpar.make_train_step(lambda model, batch, rng: ((model(batch["x"]) ** 2).mean(), {}), strategy)
+    >>> report = inspect(step, strategy.abstract_state(init_fn), {"x": jax.ShapeDtypeStruct((16, 64), "float32")})
+    >>> [(row.purpose, row.bytes, row.bound) for row in report.traffic][0]
+    ('weights and gradients', 14560, 14560)
+    """
+    step = train_step.step if isinstance(train_step, EvalStep) else train_step
+    if not isinstance(step, Step):
+        raise InspectionError(
+            f"train_step is a {type(train_step).__name__}; inspect takes what make_train_step, make_eval_step or "
+            "strategy.compile returns."
+        )
+    strategy, mesh = step.strategy, step.strategy.mesh
+    compiled = step.lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    states = [
+        node
+        for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TrainState))
+        if isinstance(node, TrainState)
+    ]
+    layouts = [strategy.layout(one) for one in states]
+    rows = [row for layout in layouts for row in layout.rows]
+    size = lambda prefix: sum(row.bytes_per_device for row in rows if row.path.startswith(prefix))
+    collectives = find_collectives(read_program(compiled.as_text()), mesh, slice_of=slice_of)
+    terms = Terms(
+        frozenset(row.path for row in rows if step is not train_step).union(*(one.static.frozen for one in states)),
+        step.compute_dtype,
+        step.num_microbatches,
+        tuple(axis for layout in layouts for axis in strategy.train_axes(layout, step.num_microbatches)),
+    )
+    purposes = sort_traffic(collectives, rows, mesh, terms)
+    return Inspection(
+        strategy.name,
+        mesh,
+        size("params/"),
+        size("opt_state/"),
+        sum(_whole_bytes(row, mesh) for row in rows if row.path.startswith(("params/", "opt_state/"))) // mesh.size,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        tuple(row for layout in layouts for row in layout.left_whole),
+        collectives,
+        *purposes,
+        count_products(step.trace(state, batch)),
+    )
+
+
+def _whole_bytes(row: LayoutRow, mesh: Mesh) -> int:
+    shard = jax.NamedSharding(mesh, row.spec).shard_shape(row.shape)
+    parts = 1
+    for whole, part in zip(row.shape, shard, strict=True):
+        parts *= whole // part if part else 1
+    return row.bytes_per_device * parts
+
+
+def _describe(one: Collective) -> str:
+    times = "" if one.times == 1 else f", {'an unknown number of' if one.times is None else one.times} times"
+    return (
+        f"{one.kind} over {' x '.join(one.axes) or 'no axis'} of {one.array.dtype}{list(one.array.dims)} at "
+        f"{one.source or one.operation}, {format_bytes(one.bytes_a_step)} a step{times}"
+    )
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

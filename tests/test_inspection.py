@@ -1,0 +1,322 @@
+"""`inspect`: the reader on each trap of XLA's text, and live steps against closed forms."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from models import DEVICES, STRATEGIES, make_batches, make_task, sub_mesh
+
+import jaxpar
+from jaxpar.inspection.collectives import axes_of_groups, describe_source, find_collectives, read_groups
+from jaxpar.inspection.flops import count_products
+from jaxpar.inspection.hlo import Frame, read_program
+from jaxpar.testing import assert_collectives
+from jaxpar.train_command import loss_fn
+from jaxpar.transformer import Sizes, Transformer
+
+
+def program_of(body, more=""):
+    return read_program(f"HloModule m\n{more}\nENTRY %main (x: f32[8]) -> f32[8] {{\n{body}\n}}\n")
+
+
+def collectives_of(body, more="", **sizes):
+    return find_collectives(program_of(body, more), sub_mesh(**(sizes or {"data": 2, "model": 4})))
+
+
+# ---- the text, as XLA's compilers print it
+
+SUM = (
+    "  %x = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} parameter(0)\n  ROOT %s = bf16[16,8]{1,0} all-reduce(%x), channel_id=1, "
+)
+GROUPS = {
+    "lists": "replica_groups={{0,4},{1,5},{2,6},{3,7}}",
+    "a transposed range": "replica_groups=[4,2]<=[2,4]T(1,0)",
+    "names of axes": "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}",
+    "parts of axes": "replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}",
+}
+
+
+@pytest.mark.parametrize("spelling", GROUPS)
+def test_groups_are_read_in_every_spelling(spelling):
+    (one,) = collectives_of(f"{SUM}{GROUPS[spelling]}, use_global_device_ids=true, to_apply=%add")
+    assert (one.kind, one.axes, one.group_size, one.bytes, one.times) == ("all-reduce", ("data",), 2, 256, 1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [([[0, 1, 2, 3, 4, 5, 6, 7]], ("data", "model")), ([[0, 1], [2, 3], [4, 5], [6, 7]], ()), ([[0, 4]], ("data",))],
+)
+def test_groups_that_follow_no_axes_have_none(groups, axes):
+    assert axes_of_groups(np.array(groups), sub_mesh(data=2, model=4)) == axes
+
+
+def test_no_groups_are_all_devices():
+    assert read_groups("replica_groups={}", 4).tolist() == [[0, 1, 2, 3]]
+
+
+START = """  %x = f32[4]{0} parameter(0)
+  %start = ((f32[4]{0}), f32[16]{0}) all-gather-start(%x), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %done = f32[16]{0} all-gather-done(%start)"""
+PERMUTE = """  %x = f32[4]{0} parameter(0)
+  %p = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=4, \
+source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}
+  ROOT %done = f32[4]{0} collective-permute-done(%p)"""
+
+
+@pytest.mark.parametrize(("body", "kind", "sent"), [(START, "all-gather", 3 * 16), (PERMUTE, "collective-permute", 16)])
+def test_a_start_and_its_done_are_one_asynchronous_collective(body, kind, sent):
+    (one,) = collectives_of(body)
+    assert (one.kind, one.axes, one.bytes, one.is_asynchronous) == (kind, ("model",), sent, True)
+
+
+FUSED = """%part.{n} (p: f32[4]) -> f32[16] {{
+  %p = f32[4]{{0}} parameter(0)
+  %g = f32[16]{{0}} all-gather(%p), channel_id=9, replica_groups=[2,4]<=[8], dimensions={{0}}
+  ROOT %c = f32[16]{{0}} custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+"""
+
+
+def test_the_parts_of_a_collective_that_is_fused_with_other_work_are_one():
+    calls = [f"  %f{n} = f32[16]{{0}} fusion(%x), kind=kOutput, calls=%part.{n}" for n in (1, 2)]
+    body = "\n".join(["  %x = f32[4]{0} parameter(0)", *calls])
+    (one,) = collectives_of(body, "".join(FUSED.format(n=n) for n in (1, 2)))
+    assert (one.kind, one.bytes, one.times, one.is_asynchronous) == ("all-gather", 48, 1, True)
+
+
+def test_a_sum_of_which_a_device_keeps_its_part_is_a_reduce_scatter():
+    fused = """%all-reduce-scatter.1 (p: f32[16]) -> f32[4] {
+  %p = f32[16]{0} parameter(0)
+  %s = f32[16]{0} all-reduce(%p), channel_id=9, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %d = f32[4]{0} dynamic-slice(%s, %p), dynamic_slice_sizes={4}
+}
+"""
+    call = "  %x = f32[16]{0} parameter(0)\n  %f = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1"
+    (one,) = collectives_of(call, fused)
+    assert (one.kind, one.bytes) == ("reduce-scatter", 48)
+
+
+LOOP = """%body (p: (u32[], f32[8])) -> (u32[], f32[8]) {{
+  %p = (u32[]{{:T(128)}}, f32[8]{{0}}) parameter(0)
+  %i = u32[]{{:T(128)}} get-tuple-element(%p), index=0
+  %a = f32[8]{{0}} get-tuple-element(%p), index=1
+  %by = u32[]{{:T(128)}} constant({by})
+  %next = u32[] {add}
+  %s = f32[8]{{0}} all-reduce(%a), channel_id=2, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %t = (u32[], f32[8]{{0}}) tuple(%next, %s)
+}}
+%plus (a: u32[], b: u32[]) -> u32[] {{
+  %a = u32[] parameter(0)
+  %b = u32[] parameter(1)
+  ROOT %r = u32[] add(%a, %b)
+}}
+%cond (p: (u32[], f32[8])) -> pred[] {{
+  %p = (u32[]{{:T(128)}}, f32[8]{{0}}) parameter(0)
+  %limit = u32[]{{:T(128)}} constant(8)
+  %i = u32[]{{:T(128)}} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %limit), direction=LT
+}}
+"""
+WHILE = """  %x = f32[8]{{0}} parameter(0)
+  %zero = u32[] {start}
+  %in = (u32[], f32[8]{{0}}) tuple(%zero, %x)
+  %w = (u32[], f32[8]{{0}}) while(%in), condition=%cond, body=%body{known}"""
+ADD, FUSED_ADD = "add(%i, %by)", "fusion(%i, %by), kind=kLoop, calls=%plus"
+
+
+@pytest.mark.parametrize(
+    ("by", "add", "start", "known", "times"),
+    [
+        (1, ADD, "constant(0)", "", 8),
+        (2, ADD, "constant(0)", "", 4),
+        (3, FUSED_ADD, "constant(1)", "", 3),
+        (1, ADD, "constant(0)", ', backend_config={"known_trip_count":{"n":"5"}}', 5),
+        (1, ADD, 'custom-call(), custom_call_target="Mystery"', "", None),
+        (0, ADD, "constant(0)", "", None),
+    ],
+)
+def test_a_loops_trips_are_read_from_its_counter(by, add, start, known, times):
+    (one,) = collectives_of(WHILE.format(start=start, known=known), LOOP.format(by=by, add=add))
+    assert one.times == times
+    assert one.bytes_a_step == one.bytes * (times or 1)
+
+
+def test_a_kernels_text_does_not_end_its_computation():
+    body = """  %x = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config="
+} // a kernel's own
+"
+  ROOT %s = f32[8]{0} all-reduce(%k), replica_groups=[1,8]<=[8], to_apply=%add"""
+    assert len(collectives_of(body)) == 1
+
+
+def test_what_is_no_program_is_an_error():
+    with pytest.raises(ValueError, match="The text begins 'nothing': no HLO module"):
+        read_program("nothing")
+
+
+def test_a_source_is_the_models_own_line():
+    flax, own = "/site-packages/flax/nnx/nn/linear.py", "/home/jaxpar/train.py"
+    frames = [Frame("Linear.__call__", flax, 1), Frame("Block.<locals>.f", "/home/me/model.py", 9), Frame("g", own, 2)]
+    assert describe_source(frames) == "Block.f (model.py:9)"
+    assert describe_source(frames[::2]) == describe_source([*frames[::2], frames[1]]) == "g (train.py:2)"
+    assert describe_source(frames[:1]) == "Linear.__call__ (linear.py:1)"
+    assert describe_source([]) == ""
+
+
+def test_slices_tell_which_collectives_cross_them():
+    mesh = sub_mesh(data=2, model=4)
+    program = program_of(f"{SUM}replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add")
+    (one,) = find_collectives(program, mesh, slice_of=lambda device: device.id // 4)
+    assert one.crosses_slices
+    (one,) = find_collectives(program, mesh, slice_of=lambda device: device.id % 4)
+    assert not one.crosses_slices
+
+
+# ---- live steps
+
+
+def inspect_task(strategy, name="linen_mlp", *, rows=1024, **build):
+    task = make_task(name)
+    kind = name.partition("_")[2]
+    step = jaxpar.make_train_step(task.loss_fn, strategy, **build)
+    return jaxpar.inspect(step, strategy.abstract_state(task.init_fn), make_batches(kind, 1, rows=rows)[0])
+
+
+def param_count(name):
+    state = jax.eval_shape(make_task(name).init_fn, jax.random.key(0))
+    return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+
+
+def traffic_of(report, purpose="weights and gradients"):
+    return {row.axes: row for row in report.traffic if row.purpose == purpose}
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("kind", ["pmap", "data"])
+def test_data_parallel_sends_its_gradients_once_to_the_byte(kind, microbatches):
+    report = inspect_task(STRATEGIES[kind](DEVICES), num_microbatches=microbatches)
+    row = traffic_of(report)["data",]
+    assert row.bytes == row.bound == 2 * (DEVICES - 1) * 4 * param_count("linen_mlp") // DEVICES
+    assert report.unexplained == ()
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_fsdp_gathers_and_reduces_to_the_byte(dtype):
+    # XLA on CPU gathers once what the first layer needs forth alone; what is too small to split is all-reduced.
+    report = inspect_task(STRATEGIES["fsdp"](DEVICES), rows=4096, compute_dtype=dtype)
+    row, size = traffic_of(report)["fsdp",], 4 if dtype is None else 2
+    whole = sum(np.prod(leaf.shape) for leaf in report.left_whole if leaf.path.startswith("params/"))
+    split = param_count("linen_mlp") - whole
+    assert row.logical_bytes == row.bound == size * (DEVICES - 1) * (2 * split + 2 * whole) / DEVICES
+    assert report.unexplained == ()
+
+
+def test_a_stack_of_layers_is_gathered_layer_by_layer():
+    report = inspect_task(STRATEGIES["fsdp"](DEVICES), "nnx_scanned", rows=80)
+    assert {one.times for one in report.collectives if one.kind == "all-gather"} >= {2}
+    assert report.unexplained == ()
+
+
+def test_what_no_rule_explains_is_named_with_the_models_line(monkeypatch):
+    monkeypatch.setattr(sys.modules["jaxpar.sharded"], "split_carries", lambda fn, rows, constrain: fn)
+    report = inspect_task(STRATEGIES["fsdp"](DEVICES), "nnx_scanned", rows=80)
+    assert report.unexplained
+    assert "no rule explains: all-reduce over fsdp of f32[80, 4" in str(report)
+    assert "(models.py:" in str(report).split("no rule explains")[1]
+
+
+@pytest.mark.parametrize("kind", ["data", "pmap", "fsdp_model"])
+def test_operations_are_those_of_the_closed_form(kind):
+    sizes, rows, length = Sizes(d_model=32, layers=3, heads=4, kv_heads=4, hidden=64), 8, 16
+    strategy = STRATEGIES[kind](4)
+    init_fn = lambda rng: jaxpar.TrainState.create(Transformer(sizes, rngs=nnx.Rngs(rng)), optax.sgd(1.0))
+    step = jaxpar.make_train_step(loss_fn, strategy)
+    batch = {key: jax.ShapeDtypeStruct((rows, length), jnp.uint8) for key in "xy"}
+    products = count_products(step.trace(strategy.abstract_state(init_fn), batch))
+    weights = 3 * (4 * 32 * 32 + 3 * 32 * 64) + 256 * 32
+    attention = 12 * 3 * length * 32
+    assert sum(one.flops for one in products) == (6 * weights + attention) * rows * length
+
+
+def test_convolutions_and_branches_are_counted():
+    def step(x, k):
+        y = jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        flat = y.reshape(-1, 6)
+        return jax.lax.cond(y.sum() > 0, lambda: flat @ jnp.ones((6, 2)), lambda: flat @ jnp.ones((6, 9))[:, :2])
+
+    products = count_products(jax.make_jaxpr(step)(jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 6))))
+    assert sorted(one.flops for one in products) == [2 * 50 * 6 * 2, 2 * 50 * 27 * 6]
+
+
+def test_an_eval_step_and_a_users_own_can_be_inspected():
+    strategy, task = STRATEGIES["data"](DEVICES), make_task("linen_mlp")
+    state, batch = strategy.abstract_state(task.init_fn), make_batches("mlp", 1, rows=64)[0]
+    report = jaxpar.inspect(jaxpar.make_eval_step(task.loss_fn, strategy), state, batch)
+    assert traffic_of(report) == {}
+    whole = NamedSharding(strategy.mesh, P())
+    add = strategy.compile(lambda total, batch: (total + batch["x"].sum(), {}))
+    report = jaxpar.inspect(add, jax.ShapeDtypeStruct((), "float32", sharding=whole), batch)
+    assert report.param_bytes == 0
+    assert report.wire_bytes > 0
+
+
+def test_memory_is_the_layouts():
+    strategy, task = STRATEGIES["fsdp"](DEVICES), make_task("linen_mlp")
+    report = inspect_task(strategy)
+    rows = strategy.layout(task.init_fn).rows
+    held = {
+        name: sum(row.bytes_per_device for row in rows if row.path.startswith(name)) for name in ("params", "opt_s")
+    }
+    assert (report.param_bytes, report.optimizer_bytes) == (held["params"], held["opt_s"])
+    whole = sum(np.prod(row.shape) * 4 for row in rows if row.path.startswith(("params", "opt_state")))
+    assert report.ideal_bytes == whole // DEVICES
+    assert report.peak_bytes >= report.argument_bytes + report.temp_bytes
+
+
+def test_a_report_prints_and_is_plain_data():
+    report = inspect_task(STRATEGIES["fsdp_model"](DEVICES), "nnx_decoder", rows=64)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["mesh"] == {"fsdp": 2, "model": 4}
+    assert sum(row["bytes"] for row in data["traffic"]) == data["wire_bytes"]
+    for text in (str(report), report._repr_html_()):
+        for part in ("optimizer state", "all-reduce", "models.py", "weights and gradients", "flops"):
+            assert part in text
+
+
+def test_what_is_no_step_is_an_error():
+    with pytest.raises(TypeError, match="train_step is a function; inspect takes what make_train_step, make_eval_step"):
+        jaxpar.inspect(lambda state, batch: None, None, None)
+
+
+# ---- budgets
+
+
+def test_a_budget_is_kept_or_says_what_breaks_it():
+    strategy = STRATEGIES["data"](DEVICES)
+    task = make_task("linen_mlp")
+    args = jaxpar.make_train_step(task.loss_fn, strategy), strategy.abstract_state(task.init_fn)
+    batch = make_batches("mlp", 1, rows=64)[0]
+    sent = 2 * (DEVICES - 1) * 4 * param_count("linen_mlp") // DEVICES
+    assert_collectives(*args, batch, {"all-reduce data": sent})
+    with pytest.raises(
+        AssertionError, match=rf"the step sends \d+ bytes on each device, but the budget allows {sent - 1} "
+    ):
+        assert_collectives(*args, batch, {"all-reduce data": sent - 1})
+    with pytest.raises(AssertionError, match=r"doesn't name it; at LinenMLP.__call__ \(models.py:\d+\)"):
+        assert_collectives(*args, batch, {})
+    with pytest.raises(AssertionError, match=r"all-gather fsdp: the budget allows 9 B, but the step sends none"):
+        assert_collectives(*args, batch, {"all-reduce data": sent, "all-gather fsdp": 9})
+
+
+@pytest.mark.parametrize("name", ["all-reduce", "all-reduce batch", "allreduce data"])
+def test_a_budget_of_unknown_names_is_an_error(name):
+    with pytest.raises(ValueError, match=f"The budget has '{name}'; write a kind and axes"):
+        assert_collectives(None, None, None, {name: 1})
