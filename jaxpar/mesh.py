@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+from jaxpar.targets import read_target, target_devices
 
 AXES = ("data", "fsdp", "stage", "expert", "context", "model")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -28,6 +31,7 @@ def make_mesh(
     slices: int = 1,
     slice_axis: str = "data",
     slice_of: Callable[[jax.Device], int] | None = None,
+    target: str | None = None,
     **sizes: int,
 ) -> Mesh:
     """Returns a `jax.sharding.Mesh` over every given device, its axes of type Auto and in jaxpar's fixed order.
@@ -41,10 +45,13 @@ def make_mesh(
         it, and every other axis stays inside a slice.
       slice_axis: the axis that crosses between slices; its size is a multiple of `slices`.
       slice_of: tells which slice a device is on; by default what JAX knows of it, else (but for TPUs) its process.
+      target: a TPU pod that isn't here, in place of devices: `"v5e-256"`, by the chips of a slice, or `"v5e:16x16"`.
+        Steps can be inspected on it, and nothing is allocated; with `slices`, it is as many of them.
       **sizes: the size of each axis, named as in `jaxpar.AXES`. One may be -1: what the others leave. None at all is
         `data=-1`.
 
     Raises:
+      TargetError: the target is unknown, or the TPU compiler isn't installed.
       MeshError: an axis is unknown or given twice, a size is not a whole number, the sizes don't multiply to the
         device count, or the devices don't lie on that many slices of one size.
 
@@ -65,11 +72,20 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
         check_axis_name(axis)
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or (size < 1 and size != -1):
             raise MeshError(f"Mesh axis {axis!r} has size {size!r}; a size is a whole number, 1 or more, or -1 once.")
+    if target is not None and devices is not None:
+        raise MeshError(f"devices= and target={target!r} are given; a target brings its own devices.")
+    if target is not None:
+        devices = target_devices(read_target(target, slices))
     chosen = check_devices(jax.devices() if devices is None else devices)
     shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen.size)
     check_axis_name(slice_axis)
     if slices != 1 or slice_of is not None:
         laid = _lay_slices(shape, chosen, slices, slice_axis, slice_of)
+        return Mesh(laid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    if target is not None:
+        laid = mesh_utils.create_device_mesh(
+            tuple(shape.values()), devices=list(chosen), allow_split_physical_axes=True
+        )
         return Mesh(laid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
     if devices is None:
         # JAX knows which order of the chips makes neighbours on the wire neighbours on the mesh.
@@ -95,6 +111,29 @@ def check_axis_name(axis: str) -> None:
     """Raises MeshError, with the nearest name, unless `axis` is one of `jaxpar.AXES`."""
     if axis not in AXES:
         raise MeshError(f"Mesh axis {axis!r} is unknown{nearest(axis, AXES)}; the axes are {', '.join(AXES)}.")
+
+
+@functools.cache
+def is_target(mesh: Mesh) -> bool:
+    """Returns whether the mesh's devices aren't here: those of a target, for which a step can only be compiled.
+
+    >>> is_target(make_mesh(data=8))
+    False
+    """
+    device = mesh.devices.flat[0]
+    try:
+        return device not in jax.devices(device.platform)
+    except RuntimeError:
+        return True
+
+
+def check_is_here(mesh: Mesh) -> None:
+    """Raises MeshError if the mesh's devices aren't here, and so can hold nothing."""
+    if is_target(mesh):
+        raise MeshError(
+            f"The mesh {dict(mesh.shape)} is of {mesh.devices.flat[0].device_kind} chips that aren't here: nothing can "
+            "be put on them. Use strategy.abstract_state(init_fn), and a raw batch or its shapes, with jaxpar.inspect."
+        )
 
 
 def check_mesh(mesh: Mesh) -> None:
@@ -259,6 +298,7 @@ def _lay_slices(
         tuple(slices if name == axis else 1 for name in shape),
         devices=list(devices),
         process_is_granule=by_process,
+        allow_split_physical_axes=True,
     )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpar.batch import BatchError, check_weight, count_rows, match_path, name_leaf, read_batch
 from jaxpar.initialisers import find_makers
 from jaxpar.layout import Layout, layout_state
+from jaxpar.mesh import check_is_here, is_target
 from jaxpar.partition import Rules
 from jaxpar.state import StateError, TrainState, as_key, leaf_path, named_leaves
 from jaxpar.step import Engine, Step, StepFn
@@ -59,6 +60,7 @@ class Strategy:
         >>> strategy.init(init_fn, jax.random.key(0)).params["kernel"].addressable_shards[0].data.shape
         (8, 32)
         """
+        check_is_here(self.mesh)
         rng = as_key(rng)
         whole = jax.eval_shape(_split_init(init_fn), rng)
         layout = self._layout_of(whole)
@@ -77,6 +79,7 @@ class Strategy:
         >>> jaxpar.data_parallel().place(state).params["kernel"].sharding.is_fully_replicated
         True
         """
+        check_is_here(self.mesh)
         # device_put gives back the very buffers where a device stays, even with may_alias=False (jax 0.10.2).
         for path, leaf in named_leaves(state):
             if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -137,6 +140,7 @@ class Strategy:
         >>> strategy.shard_batch({"x": np.ones((16, 3))})["x"].sharding.spec
         P('data', None)
         """
+        check_is_here(self.mesh)
         batch = self._checked(batch)
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -155,12 +159,15 @@ class Strategy:
     def data_shard(self) -> tuple[int, int]:
         """Returns `(index, count)`: this process must load part `index` of `count` equal parts of each global batch.
 
-        Processes whose devices share their rows, as along a `model` axis, get the same index.
+        Processes whose devices share their rows, as along a `model` axis, get the same index. On a target, whose
+        processes aren't here either, a batch is whole.
 
         >>> import jaxpar
         >>> jaxpar.data_parallel().data_shard()
         (0, 1)
         """
+        if is_target(self.mesh):
+            return 0, 1
         return process_part(self.mesh, jax.process_index(), self.engine.batch_spec("", (self.num_shards,)))
 
     def compile(self, step: StepFn, *, compiler_options: dict[str, Any] | None = None) -> "Step":
