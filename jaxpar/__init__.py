@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from jaxpar import rules as rules
     from jaxpar import schedule as schedule
     from jaxpar import testing as testing
+    from jaxpar.ahead import AheadError as AheadError
     from jaxpar.batch import BatchError as BatchError
     from jaxpar.batch import pad_batch as pad_batch
     from jaxpar.context import ring_attention as ring_attention
@@ -61,11 +62,13 @@ if TYPE_CHECKING:
     from jaxpar.step import RecompileWarning as RecompileWarning
     from jaxpar.step import Step as Step
     from jaxpar.strategy import Strategy as Strategy
+    from jaxpar.targets import TargetError as TargetError
     from jaxpar.train import make_train_step as make_train_step
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ahead": ("AheadError",),
     "batch": ("BatchError", "pad_batch"),
     "context": ("ring_attention", "split_sequence", "ulysses_attention"),
     "data_parallel": ("data_parallel",),
@@ -86,6 +89,7 @@ _HOME = {
     "state": ("StateError", "TrainState"),
     "step": ("DriftError", "RecompileWarning", "Step"),
     "strategy": ("Strategy",),
+    "targets": ("TargetError",),
     "train": ("make_train_step",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -1,4 +1,4 @@
-"""The command line: `jaxpar train` and `jaxpar doctor`; changes with what a user may ask of it."""
+"""The command line: `jaxpar train`, `jaxpar inspect` and `jaxpar doctor`; changes with what a user may ask of it."""
 
 import argparse
 import sys
@@ -52,9 +52,27 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_job(train)
     _add_model(train)
     train.set_defaults(run=_train)
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a step will do on a mesh, here or on a TPU pod that isn't",
+        description="Compiles a train step and runs nothing: prints memory, collectives beside the fewest bytes that "
+        "they could move, and matrix products. MODULE is your own code, and is run. Exit code 1: it does not fit.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    inspect.add_argument(
+        "module",
+        nargs="?",
+        metavar="MODULE",
+        help="a Python file or module with init_fn, loss_fn, batch and, if it likes, rules; if not given, the model of "
+        "jaxpar train",
+    )
+    _add_target(inspect)
+    _add_model(inspect)
+    inspect.set_defaults(run=_inspect)
     doctor = commands.add_parser("doctor", help="say what JAX sees here, and what its settings cost")
     doctor.set_defaults(run=_doctor)
-    for each in (parser, train, doctor):
+    for each in (parser, train, inspect, doctor):
         # argparse would print the usage too, several lines, and leave the process.
         each.error = _raise_usage
     return parser
@@ -81,6 +99,23 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         help="parts of each microbatch that flow through the stages of --mesh stage=S, S or more; if not given, 2 S",
     )
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where")
+    size = whole_number(1, _MAX_SIZE)
+    group.add_argument("--mesh", metavar="AXIS=N,...", help=f"sizes of mesh axes, of {', '.join(_AXES)}; one may be -1")
+    group.add_argument("--target", metavar="POD", help="v4, v5e, v5p or v6e, by chips or shape: v5e-256, v5p:4x4x8")
+    group.add_argument("--slices", type=whole_number(1, 1024), default=1, metavar="N", help="as many such pods")
+    group.add_argument(
+        "--fake-devices", type=whole_number(1, _MAX_FAKE_DEVICES), metavar="N", help="compile for N CPU devices"
+    )
+    group.add_argument("--microbatches", type=size, default=1, metavar="N", help="parts of a batch, in turn")
+    group.add_argument("--stage-microbatches", type=size, metavar="N", help="as for jaxpar train")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    group.add_argument("--batch-size", type=size, default=32, metavar="N", help="rows of the demo's batch")
+    group.add_argument("--seq-len", type=size, default=64, metavar="N", help="bytes in a row of it")
+    group.add_argument("--json", action="store_true", help="print plain data")
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +152,12 @@ def _train(options: argparse.Namespace) -> int:
     from jaxpar.train_command import train
 
     return train(options)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from jaxpar.inspect_command import inspect
+
+    return inspect(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

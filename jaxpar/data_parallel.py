@@ -88,6 +88,9 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
     def trace(fn: StepFn, state: Any, batch: Any) -> Any:
         return jax.make_jaxpr(jax.pmap(fn, axis_name, in_axes=(None, 0), devices=chosen))(state, batch)
 
+    def export(fn: StepFn, state: Any, batch: Any, carries_state: bool) -> Any:
+        raise ValueError("pmap's programs can't be exported; use sharded(make_mesh(data=-1)), which computes the same.")
+
     def prepare(fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> StepFn:
         run = mapped(fn, carries_state, compiler_options)
         return _watch_drift(run, chosen, axis_name) if carries_state else run
@@ -98,6 +101,7 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
         abstract_batch=abstract_batch,
         lower=lower,
         trace=trace,
+        export=export,
         prepare=prepare,
         manual_axes=lambda layout, accumulates: (axis_name,),
         run_shards=lambda fn, axes, batch: fn,

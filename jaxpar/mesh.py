@@ -75,7 +75,7 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
     if target is not None and devices is not None:
         raise MeshError(f"devices= and target={target!r} are given; a target brings its own devices.")
     if target is not None:
-        devices = target_devices(read_target(target, slices))
+        devices = list(target_devices(read_target(target, slices)))
     chosen = check_devices(jax.devices() if devices is None else devices)
     shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen.size)
     check_axis_name(slice_axis)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.batch import BatchError, match_path
@@ -138,6 +139,7 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         abstract_batch=abstract_batch,
         lower=functools.partial(_lower, mesh),
         trace=functools.partial(_trace, mesh),
+        export=functools.partial(_export, mesh),
         prepare=functools.partial(_prepare, mesh),
         manual_axes=manual_axes,
         run_shards=run_shards,
@@ -220,6 +222,24 @@ def _lower(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, 
 def _trace(mesh: Mesh, fn: StepFn, state: Any, batch: Any) -> Any:
     with jax.set_mesh(mesh):
         return jax.make_jaxpr(fn)(state, batch)
+
+
+def _export(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool) -> Any:
+    (states, state_treedef), (rows, batch_treedef) = jax.tree.flatten(state), jax.tree.flatten(batch)
+
+    def flat(states: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
+        result = fn(jax.tree.unflatten(state_treedef, states), jax.tree.unflatten(batch_treedef, rows))
+        after, out = result if carries_state else ((), result)
+        return jax.tree.leaves(after), jax.tree.leaves(out)
+
+    jitted = jax.jit(
+        flat,
+        in_shardings=(_shardings(states), _shardings(rows)),
+        out_shardings=(_shardings(states) if carries_state else [], None),
+        donate_argnums=(0,) if carries_state else (),
+    )
+    with jax.set_mesh(mesh):
+        return export.export(jitted, platforms=[mesh.devices.flat[0].platform])(states, rows)
 
 
 def _prepare(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> StepFn:

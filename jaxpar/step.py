@@ -39,6 +39,7 @@ class Engine(NamedTuple):
       abstract_batch: a read and checked batch -> the shapes and shardings that `put_batch` would give.
       lower: `(fn, state, batch, carries_state, compiler_options)` -> `jax.stages.Lowered`.
       trace: `(fn, state, batch)` -> what `jax.make_jaxpr` gives of the step.
+      export: as `lower` -> `jax.export.Exported`, of flat lists of leaves: state and batch in, state and others out.
       prepare: as `lower` -> the callable that runs it.
       manual_axes: `(layout, accumulates)` -> the axes over which a step must reduce what it sums, since it sees one
         shard of them; none where the compiler reduces. `accumulates` tells whether the batch is cut into parts.
@@ -53,6 +54,7 @@ class Engine(NamedTuple):
     abstract_batch: Callable[[Any], Any]
     lower: Callable[..., Any]
     trace: Callable[[StepFn, Any, Any], Any]
+    export: Callable[..., Any]
     prepare: Callable[..., StepFn]
     manual_axes: Callable[[Layout, bool], tuple[str, ...]]
     run_shards: Callable[[Callable, tuple[str, ...], Any], Callable]
@@ -134,6 +136,16 @@ class Step:
         self._check_state(state)
         self._check_rows(batch)
         return self.strategy.engine.trace(self.fn, state, batch)
+
+    def export(self, state: Any, batch: Any) -> Any:
+        """Returns `jax.export.Exported` for a state and a raw global batch: the program, to compile elsewhere.
+
+        It takes two flat lists, the leaves of the state and of the batch, and gives two back.
+        """
+        batch = self.strategy.abstract_batch(batch)
+        self._check_state(state)
+        self._check_rows(batch)
+        return self.strategy.engine.export(self.fn, state, batch, self._carries_state)
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]

@@ -39,6 +39,7 @@ _FLAT = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16),
 _CUBES = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 192: (4, 4, 12)}
 _CUBES |= {256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16)}
 _GIB = 2**30
+_TARGETS: dict[Any, "Target"] = {}
 # Topologies: https://cloud.google.com/tpu/docs/v5e, /v6e, /v4, /v5p, read 2026-11-25.
 CHIPS = {
     "v4": Chip(3, _CUBES, int(30.75 * _GIB), {"chip_config_name": "megacore"}),
@@ -115,8 +116,14 @@ def target_devices(target: Target) -> np.ndarray:
     # It would ask a metadata server what machine this is, and take a lock file for chips that aren't here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    import jax
     from jax.experimental import topologies
 
+    platforms: str = jax.config.jax_platforms or "tpu"  # pyright: ignore[reportAttributeAccessIssue]
+    if "tpu" not in platforms:
+        # Where no TPU will be used, libtpu complains at length that it can't tell which one this is.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{target.chip}-{np.prod(target.shape)}")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     name = f"{target.chip}:{'x'.join(map(str, target.shape))}"
     options: dict[str, Any] = dict(CHIPS[target.chip].options)
     if target.slices > 1:
@@ -127,4 +134,10 @@ def target_devices(target: Target) -> np.ndarray:
         raise TargetError(
             f"libtpu can't compile for {target}: {error}; jax needs the libtpu of its own version: {_INSTALL}"
         ) from error
+    _TARGETS.update(dict.fromkeys(found.devices, target))
     return np.array(found.devices, dtype=object)
+
+
+def target_of(device: Any) -> Target | None:
+    """Returns the target that a device is of; None for one that `target_devices` didn't make."""
+    return _TARGETS.get(device)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxpar.batch import match_path, read_batch
 from jaxpar.data_parallel import data_parallel
 from jaxpar.inspection.budget import assert_collectives as assert_collectives
+from jaxpar.inspection.budget import assert_fits as assert_fits
 from jaxpar.mesh import make_mesh
 from jaxpar.oracle import View, find_narrowed_loss, one_device_step
 from jaxpar.rules import FSDP, MEGATRON, ZERO1
@@ -138,11 +139,8 @@ def assert_trains_like_one_device(
 def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strategy]]:
     """Returns the standard strategies that fit a number of devices: a table of names and functions that make each.
 
-    For `pytest.mark.parametrize`: the functions use the first `num_devices` devices when they are called, and asking
-    for their names starts no device.
-
-    Args:
-      num_devices: how many devices; by default all there are.
+    For `pytest.mark.parametrize`: the functions use the first `num_devices` devices, by default all, when they are
+    called, and asking for their names starts no device.
 
     >>> list(strategies(8))
     ['one', 'pmap', 'data', 'model', 'data_model', 'fsdp', 'fsdp_model', 'zero1']

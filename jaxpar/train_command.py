@@ -119,11 +119,11 @@ def _prepare(options: argparse.Namespace) -> _Job:
     Raises:
       UsageError: they can't be, or don't fit each other.
     """
-    sizes = _read_sizes(options)
+    sizes = read_sizes(options)
     try:
         strategy = _make_strategy(options)
         _check_fit(options, strategy)
-        init_fn = _make_init_fn(options, sizes, strategy.mesh)
+        init_fn = make_init_fn(options, sizes, strategy.mesh)
         layout = strategy.layout(init_fn)
         return _Job(options, strategy, init_fn, layout, read_text(options.text, min_bytes=options.seq_len + 1))
     except jaxpar.MeshError as error:
@@ -133,7 +133,12 @@ def _prepare(options: argparse.Namespace) -> _Job:
         raise UsageError(str(error)) from error
 
 
-def _read_sizes(options: argparse.Namespace) -> Sizes:
+def read_sizes(options: argparse.Namespace) -> Sizes:
+    """Returns the model's sizes that the options give.
+
+    Raises:
+      UsageError: they don't divide.
+    """
     d_model, heads, kv_heads = options.d_model, options.heads, options.kv_heads
     if d_model % (2 * heads):
         raise UsageError(
@@ -148,7 +153,7 @@ def _read_sizes(options: argparse.Namespace) -> Sizes:
 
 def _make_strategy(options: argparse.Namespace) -> jaxpar.Strategy:
     """The strategy, its rules chosen by the axes of the mesh."""
-    devices = None if options.fake_devices is None else _make_fake_devices(options.fake_devices)
+    devices = None if options.fake_devices is None else make_fake_devices(options.fake_devices)
     if options.pmap:
         return jaxpar.data_parallel(devices)
     mesh = jaxpar.make_mesh(options.mesh, devices=devices)
@@ -157,10 +162,20 @@ def _make_strategy(options: argparse.Namespace) -> jaxpar.Strategy:
             f"--mesh axis 'expert' of size {mesh.shape['expert']} has no experts to split; give --experts "
             f"{mesh.shape['expert']}, or a multiple."
         )
-    return jaxpar.sharded(mesh, *(rules for axis, rules in _RULES.items() if axis in mesh.shape))
+    return jaxpar.sharded(mesh, *rules_for(mesh))
 
 
-def _make_fake_devices(count: int) -> list[jax.Device]:
+def rules_for(mesh: jax.sharding.Mesh) -> list[Any]:
+    """Returns the ready-made lists of rules for the axes that a mesh has."""
+    return [rules for axis, rules in _RULES.items() if axis in mesh.shape]
+
+
+def make_fake_devices(count: int) -> list[jax.Device]:
+    """Returns CPU devices, made up, with no other platform started.
+
+    Raises:
+      UsageError: JAX_PLATFORMS rules CPUs out.
+    """
     platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     if not platforms:
         # A GPU beside them would be started, and most of its memory taken, for nothing.
@@ -210,9 +225,10 @@ def _stage_microbatches(options: argparse.Namespace, mesh: jax.sharding.Mesh) ->
     return 1 if stages == 1 else options.stage_microbatches or 2 * stages
 
 
-def _make_init_fn(
+def make_init_fn(
     options: argparse.Namespace, sizes: Sizes, mesh: jax.sharding.Mesh
 ) -> Callable[[jax.Array], jaxpar.TrainState]:
+    """Returns the `init_fn` of the demo's model and optimizer, whose islands are those of the mesh's axes."""
     parts: dict[str, Any] = {"stage_microbatches": _stage_microbatches(options, mesh)}
     if mesh.shape.get("context", 1) > 1:
         parts["attend"] = functools.partial(jaxpar.ring_attention, is_causal=True)

@@ -19,6 +19,7 @@ NAMES = [str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for pa
 MODULES = [name for name in NAMES if not name.endswith(("__init__", "__main__"))]
 PUBLIC = [
     "AXES",
+    "AheadError",
     "BatchError",
     "ContextError",
     "DriftError",
@@ -45,6 +46,7 @@ PUBLIC = [
     "StateError",
     "Step",
     "Strategy",
+    "TargetError",
     "TrainState",
     "WHOLE",
     "Weighted",
@@ -77,6 +79,7 @@ PUBLIC = [
 ]
 # The modules of the core, each importing only those before it; an engine is what knows jit over a mesh, or pmap.
 CORE = [
+    "targets",
     "mesh",
     "partition",
     "rules",
@@ -94,7 +97,7 @@ CORE = [
 ENGINES = {"sharded", "data_parallel"}
 # The islands' modules, each importing only those before it and these of the core.
 ISLANDS = ["schedule", "sequence", "context", "expert", "stack", "pipeline", "pipeline_loss"]
-UNDER_ISLANDS = {"mesh", "state", "loss"}
+UNDER_ISLANDS = {"targets", "mesh", "state", "loss"}
 # What reads a program's text knows nothing of steps.
 READERS = ["inspection.hlo", "inspection.collectives", "inspection.flops"]
 

@@ -1,4 +1,4 @@
-"""`assert_collectives`: what a step may send, pinned in a test."""
+"""`assert_collectives` and `assert_fits`: what a step may send and take, pinned in a test."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -70,3 +70,36 @@ def assert_collectives(
             wrong.append(f"{name}: the step sends {count} bytes on each device, but the budget {allows}; at {places}")
     if wrong:
         raise AssertionError(f"{report.strategy} doesn't keep to its collectives:\n  " + "\n  ".join(wrong))
+
+
+def assert_fits(train_step: Any, state: Any, batch: Any, *, hbm_fraction: float = 0.9) -> None:
+    """Raises AssertionError if a step needs more than a part of the memory of its mesh's target.
+
+    Args:
+      train_step: the step, of a strategy on `make_mesh(..., target="v5e-256")`.
+      state: from `strategy.abstract_state`.
+      batch: the raw global batch, arrays or shapes.
+      hbm_fraction: which part of a device's memory it may take; the rest is room for other programs.
+
+    Raises:
+      AssertionError: the message gives what it needs, what there is, and the largest leaves.
+      ValueError: the mesh is of no target, or the fraction isn't one.
+    """
+    if not 0 < hbm_fraction <= 1:
+        raise ValueError(f"hbm_fraction is {hbm_fraction!r}; give a part of the memory, more than 0 and up to 1.")
+    report = inspect(train_step, state, batch)
+    if report.hbm_bytes is None:
+        raise ValueError(
+            f"The mesh {dict(report.mesh.shape)} is of devices that are here; give a target to fit, as "
+            "make_mesh(fsdp=256, target='v5e-256')."
+        )
+    allowed = hbm_fraction * report.hbm_bytes
+    if report.peak_bytes > allowed:
+        largest = sorted(report.rows, key=lambda row: -row.bytes_per_device)[:4]
+        leaves = ", ".join(f"{row.path} {format_bytes(row.bytes_per_device)}" for row in largest)
+        raise AssertionError(
+            f"{report.strategy} needs {format_bytes(report.peak_bytes)} on a device, but {format_bytes(allowed)} are "
+            f"allowed, {hbm_fraction:g} of {format_bytes(report.hbm_bytes)}: {format_bytes(report.temp_bytes)} are "
+            f"activations and temporaries, {format_bytes(report.argument_bytes)} the state and batch; its largest "
+            f"leaves are {leaves}. Rematerialise layers (jax.checkpoint), use microbatches, or split more."
+        )

@@ -3,11 +3,12 @@
 import dataclasses
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from jaxpar.ahead import compile_ahead
 from jaxpar.evaluation import EvalStep
 from jaxpar.inspection.bounds import Terms, Traffic, sort_traffic
 from jaxpar.inspection.collectives import Collective, find_collectives
@@ -16,6 +17,7 @@ from jaxpar.inspection.hlo import read_program
 from jaxpar.layout import LayoutRow, format_bytes
 from jaxpar.state import TrainState
 from jaxpar.step import Step
+from jaxpar.targets import target_of
 
 
 class InspectionError(TypeError):
@@ -35,7 +37,8 @@ class Inspection:
       argument_bytes: all that a step is given, on a device.
       temp_bytes: activations and what else lives while it runs, on a device.
       peak_bytes: arguments, outputs that take no argument's place, and temporaries, on a device.
-      left_whole: the leaves that a heuristic left whole, largest first, each with its reason.
+      hbm_bytes: what a device of a target has; None where the devices are here.
+      rows: where each leaf of the state lies.
       collectives: every collective.
       traffic: what a device sends in a step, by axes and purpose, beside the fewest bytes that the layout allows.
       unexplained: the collectives over batch axes that no rule explains, largest first.
@@ -50,11 +53,17 @@ class Inspection:
     argument_bytes: int
     temp_bytes: int
     peak_bytes: int
-    left_whole: tuple[LayoutRow, ...]
+    hbm_bytes: int | None
+    rows: tuple[LayoutRow, ...]
     collectives: tuple[Collective, ...]
     traffic: tuple[Traffic, ...]
     unexplained: tuple[Collective, ...]
     products: tuple[Product, ...]
+
+    @property
+    def left_whole(self) -> tuple[LayoutRow, ...]:
+        """The leaves that a heuristic left whole, largest first, each with its reason."""
+        return tuple(sorted((row for row in self.rows if row.note), key=lambda row: -row.bytes_per_device))
 
     @property
     def flops(self) -> int:
@@ -74,6 +83,7 @@ class Inspection:
             "strategy": self.strategy,
             "mesh": dict(self.mesh.shape),
             **{f"{name}_bytes": getattr(self, f"{name}_bytes") for name in names},
+            "hbm_bytes": self.hbm_bytes,
             "left_whole": [
                 {"path": row.path, "bytes": row.bytes_per_device, "why": row.note} for row in self.left_whole
             ],
@@ -148,8 +158,14 @@ class Inspection:
             ("optimizer state", format_bytes(self.optimizer_bytes)),
             ("both, were they split over all devices", f"{format_bytes(self.ideal_bytes)} of {format_bytes(share)}"),
             ("activations and temporaries", format_bytes(self.temp_bytes)),
-            ("peak", format_bytes(self.peak_bytes)),
+            ("peak", self._describe_peak()),
         ]
+
+    def _describe_peak(self) -> str:
+        if self.hbm_bytes is None:
+            return format_bytes(self.peak_bytes)
+        verdict = "fits" if self.peak_bytes <= self.hbm_bytes else "does NOT fit"
+        return f"{format_bytes(self.peak_bytes)} of {format_bytes(self.hbm_bytes)}: {verdict}"
 
     def _traffic_rows(self) -> list[tuple[str, ...]]:
         return [
@@ -215,8 +231,7 @@ def inspect(
             "strategy.compile returns."
         )
     strategy, mesh = step.strategy, step.strategy.mesh
-    compiled = step.lower(state, batch).compile()
-    memory = compiled.memory_analysis()
+    program = _compile(step, state, batch)
     states = [
         node
         for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TrainState))
@@ -225,7 +240,7 @@ def inspect(
     layouts = [strategy.layout(one) for one in states]
     rows = [row for layout in layouts for row in layout.rows]
     size = lambda prefix: sum(row.bytes_per_device for row in rows if row.path.startswith(prefix))
-    collectives = find_collectives(read_program(compiled.as_text()), mesh, slice_of=slice_of)
+    collectives = find_collectives(read_program(program.text), mesh, slice_of=slice_of)
     terms = Terms(
         frozenset(row.path for row in rows if step is not train_step).union(*(one.static.frozen for one in states)),
         step.compute_dtype,
@@ -239,17 +254,35 @@ def inspect(
         size("params/"),
         size("opt_state/"),
         sum(_whole_bytes(row, mesh) for row in rows if row.path.startswith(("params/", "opt_state/"))) // mesh.size,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
-        tuple(row for layout in layouts for row in layout.left_whole),
+        program.argument_bytes,
+        program.temp_bytes,
+        program.argument_bytes + program.output_bytes + program.temp_bytes,
+        program.hbm_bytes,
+        tuple(rows),
         collectives,
         *purposes,
         count_products(step.trace(state, batch)),
     )
+
+
+class _Program(NamedTuple):
+    """As `jaxpar.ahead.AheadProgram`, of devices that are here."""
+
+    text: str
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    hbm_bytes: int | None
+
+
+def _compile(step: Step, state: Any, batch: Any) -> Any:
+    target = target_of(step.strategy.mesh.devices.flat[0])
+    if target is not None:
+        return compile_ahead(step, state, batch, target)
+    compiled = step.lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return _Program(compiled.as_text(), memory.argument_size_in_bytes, made, memory.temp_size_in_bytes, None)
 
 
 def _whole_bytes(row: LayoutRow, mesh: Mesh) -> int:

@@ -1,0 +1,161 @@
+"""Compiling a step for a target in a process of its own, only as far as its program is scheduled.
+
+Of the minute and more that the TPU compiler takes, passes over the program take seconds, and machine code the rest. XLA
+writes the scheduled program to a folder when it is there; then the process has done its work. `python -m jaxpar.ahead
+FOLDER` is that process. An abort of the compiler, as for shapes it doesn't know, ends it and not the caller.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax import export
+from jax.sharding import AxisType, Mesh
+
+from jaxpar.step import Step
+from jaxpar.targets import CHIPS, Target, TargetError, target_devices
+
+_SECONDS = 300
+_PROGRAM, _MESH, _ERROR = "program.bin", "mesh.json", "error.txt"
+
+
+class AheadError(RuntimeError):
+    """A compile for a target that failed or took too long: the message gives the compiler's own reason."""
+
+
+class AheadProgram(NamedTuple):
+    """A step compiled for a target, up to its schedule.
+
+    Attributes:
+      text: the program's text.
+      argument_bytes: what the step is given, on a device, as it lies there.
+      output_bytes: what it gives that takes no argument's place.
+      temp_bytes: what else lives while it runs; the machine code that comes after adds less than 0.1 GiB to it.
+      hbm_bytes: what a device has.
+    """
+
+    text: str
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    hbm_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All that must fit a device."""
+        return self.argument_bytes + self.output_bytes + self.temp_bytes
+
+
+def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds: float = _SECONDS) -> AheadProgram:
+    """Returns the program of a step for the target that its mesh is of; nothing is allocated.
+
+    Args:
+      step: the step.
+      state: from `strategy.abstract_state`.
+      batch: the raw global batch, arrays or shapes.
+      target: what `jaxpar.targets.target_of(mesh)` gives.
+      seconds: how long it may take.
+
+    Raises:
+      AheadError: the compiler fails, aborts, or isn't done in time. A program too large for the memory is none of
+        these: its bytes are given.
+      TargetError: flatbuffers, which carry the program over, aren't installed.
+    """
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxpar-"))
+    try:
+        mesh = step.strategy.mesh
+        order = {device: number for number, device in enumerate(target_devices(target))}
+        try:
+            (folder / _PROGRAM).write_bytes(step.export(state, batch).serialize())
+        except ImportError as error:
+            raise TargetError(f"target {target} needs flatbuffers: pip install 'jaxpar[plan]'") from error
+        places = [order[device] for device in mesh.devices.flat]
+        (folder / _MESH).write_text(json.dumps({"target": target, "axes": dict(mesh.shape), "places": places}))
+        return _run(folder, target, seconds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(folder: pathlib.Path, target: Target, seconds: float) -> AheadProgram:
+    flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*jit_call.*"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TPU_SKIP_MDS_QUERY": "1"}
+    environment |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with (folder / "log.txt").open("w") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "jaxpar.ahead", str(folder)], env=environment, stdout=log, stderr=log
+        )
+        end = time.monotonic() + seconds
+        try:
+            while not (found := _find_report(folder)) and child.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+        finally:
+            done = child.poll()
+            child.kill()
+            child.wait()
+    if found or (found := _find_report(folder)):
+        return _read(found, target)
+    if done is None:
+        raise AheadError(f"The compile for {target} was ended after {seconds:g} s; give it longer, or a smaller step.")
+    reason = (folder / _ERROR).read_text() if (folder / _ERROR).exists() else _last_lines(folder / "log.txt")
+    how = f"by signal {signal.Signals(-done).name}" if done < 0 else f"with code {done}"
+    raise AheadError(f"The compile for {target} ended {how}: {reason.strip()}")
+
+
+def _find_report(folder: pathlib.Path) -> pathlib.Path | None:
+    """The report that XLA writes once the schedule and the memory it takes are known, after the texts of both."""
+    found = next(iter(folder.glob("*.after_optimizations-memory-usage-report.txt")), None)
+    return found if found and "Total bytes" in found.read_text() else None
+
+
+def _read(report: pathlib.Path, target: Target) -> AheadProgram:
+    stem = str(report).removesuffix("-memory-usage-report.txt")
+    text = pathlib.Path(f"{stem}-buffer-assignment.txt").read_text()
+    given = made = temp = 0
+    for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*):$", text, re.MULTILINE):
+        if kind.startswith("parameter"):
+            given += int(size)
+        elif "maybe-live-out" in kind:
+            made += int(size)
+        elif kind == "preallocated-temp":
+            # Those of a color are on the chip itself.
+            temp += int(size)
+    return AheadProgram(pathlib.Path(f"{stem}.txt").read_text(), given, made, temp, CHIPS[target.chip].hbm_bytes)
+
+
+def _last_lines(log: pathlib.Path) -> str:
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    failed = [line for line in lines if "Check failed" in line]
+    return "\n".join(failed[:1] or lines[-3:])
+
+
+def _compile(folder: pathlib.Path) -> None:
+    """What the process does: it compiles the program in its folder, and is ended once the schedule is written."""
+    told = json.loads((folder / _MESH).read_text())
+    chip, shape, slices = told["target"]
+    devices = target_devices(Target(chip, tuple(shape), slices))[told["places"]]
+    axes = told["axes"]
+    mesh = Mesh(devices.reshape(tuple(axes.values())), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    exported = export.deserialize(bytearray((folder / _PROGRAM).read_bytes()))
+    arguments = [
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+        for aval, sharding in zip(exported.in_avals, exported.in_shardings_jax(mesh), strict=True)
+    ]
+    args, _ = jax.tree.unflatten(exported.in_tree, arguments)
+    try:
+        jax.jit(exported.call, donate_argnums=(0,)).lower(*args).compile()
+    except Exception as error:
+        (folder / _ERROR).write_text(str(error))
+        raise
+
+
+if __name__ == "__main__":
+    _compile(pathlib.Path(sys.argv[1]))

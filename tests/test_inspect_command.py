@@ -1,0 +1,90 @@
+"""`jaxpar inspect`: a user's own module and the demo's model, here and on targets, and each error in one line."""
+
+import json
+
+import pytest
+
+from jaxpar.__main__ import main
+
+MODULE = """
+import jax, jaxpar, optax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(64, 32, rngs=nnx.Rngs(rng)), optax.adam(1e-3))
+loss_fn = lambda model, batch, rng: ((model(batch["x"]) ** 2).mean(), {})
+batch = {"x": jax.ShapeDtypeStruct((64, 64), "float32")}
+"""
+ARGUMENTS = ["--mesh", "data=8", "--fake-devices", "8"]
+
+
+@pytest.fixture
+def module(tmp_path):
+    """Returns what writes a module with more lines at its end, and gives its path."""
+
+    def write(more=""):
+        path = tmp_path / "mine.py"
+        path.write_text(MODULE + more)
+        return str(path)
+
+    return write
+
+
+def test_a_module_of_the_users_own_is_inspected(module, capsys):
+    assert main(["inspect", module(), *ARGUMENTS]) == 0
+    out = capsys.readouterr().out
+    assert "weights and gradients       data  14.2 KiB  14.2 KiB  1.00" in out
+    assert "(mine.py:7)" in out
+
+
+def test_its_rules_and_the_options_are_used(module, capsys):
+    rules = 'rules = [[("kernel$", P("fsdp")), (".*", P())]]'
+    more = ["--mesh", "fsdp=8", "--fake-devices", "8", "--dtype", "bfloat16", "--microbatches", "2", "--json"]
+    assert main(["inspect", module(rules), *more]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["strategy"] == "sharded({'fsdp': 8}, 1 list of rules)"
+    assert data["param_bytes"] == 4 * (64 * 32 // 8 + 32)
+    assert {product["dtype"] for product in data["products"]} == {"bfloat16"}
+    assert {product["times"] for product in data["products"]} == {2}
+
+
+def test_the_demos_model_needs_no_code(capsys):
+    assert main(["inspect", "--mesh", "fsdp=4,model=2", "--fake-devices", "8", "--layers", "3", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["mesh"] == {"fsdp": 4, "model": 2}
+    assert any("transformer.py" in one["source"] and one["times"] == 3 for one in data["collectives"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.py", *ARGUMENTS], "nothing.py is no file; give a Python file or module with init_fn, loss_fn"),
+        (["no_such_module", *ARGUMENTS], "no_such_module can't be imported: ModuleNotFoundError: No module named"),
+        (["json", *ARGUMENTS], "json has no init_fn, loss_fn, batch; it needs"),
+        (["--mesh", "data=3", "--fake-devices", "8"], "Mesh axes {'data': 3} use 3 devices, but 8 are available"),
+        (["--mesh", "data=3", "--target", "v7-3"], "target 'v7-3' has the chip 'v7'"),
+        (["--target", "v5e-16", "--fake-devices", "8"], "--target and --fake-devices are given"),
+        (["--mesh", "data=8", "--fake-devices", "8", "--batch-size", "9"], "9 examples, which do not divide by 8"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_code_2(arguments, message, capsys):
+    assert main(["inspect", *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("jaxpar: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_module_that_fails_is_named(module, capsys):
+    assert main(["inspect", module("1 / 0"), *ARGUMENTS]) == 2
+    assert "mine.py can't be imported: ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "code", "verdict"), [(2, 0, "fits"), (32, 1, "does NOT fit")])
+def test_a_target_gives_its_verdict_as_the_exit_code(layers, code, verdict, capsys):
+    wide = ["--d-model", "4096", "--heads", "32", "--kv-heads", "32", "--batch-size", "256", "--seq-len", "1024"]
+    arguments = ["--mesh", "fsdp=256", "--target", "v5e-256", "--dtype", "bfloat16", "--layers", str(layers), *wide]
+    assert main(["inspect", *arguments]) == code
+    assert f"of 15.8 GiB: {verdict}" in capsys.readouterr().out

@@ -1,0 +1,180 @@
+"""Targets: pods that aren't here, what can't be, and steps compiled for them by the TPU compiler itself (slow)."""
+
+import importlib.util
+import pathlib
+import re
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxpar
+from jaxpar.ahead import AheadError, compile_ahead
+from jaxpar.targets import CHIPS, Target, TargetError, read_target, target_devices
+from jaxpar.testing import assert_fits
+from jaxpar.train_command import loss_fn
+from jaxpar.transformer import Sizes, Transformer
+
+RULES = {"model": jaxpar.MEGATRON, "fsdp": jaxpar.FSDP}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_slice_has_as_many_chips_as_its_shape(chip):
+    for count in CHIPS[chip].topologies:
+        target = read_target(f"{chip}-{count}")
+        assert np.prod(target.shape) == count
+        assert read_target(str(target)) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5", "target is 'v5'; write a chip and how many, as 'v5e-256', or a shape, as 'v5e:16x16'"),
+        (256, "target is 256; write a chip and how many"),
+        ("v5x-8", r"has the chip 'v5x' \(nearest: 'v5[ep]'\); those known are v4, v5e, v5p, v6e"),
+        (
+            "v5e-12",
+            r"asks for 12 chips in a slice; v5e comes in slices of 4, 8, .* More chips are more slices: slices=2",
+        ),
+        ("v5e:16x32", "has a shape that v5e doesn't come in; it comes in 2x2, 2x4"),
+        ("v5p:4x4", "from 4x4x4 on every multiple of 4"),
+        ("v5p:4x4x6", "from 4x4x4 on every multiple of 4"),
+    ],
+)
+def test_a_target_that_does_not_exist_is_named(text, message):
+    with pytest.raises(TargetError, match=message):
+        read_target(text)
+
+
+def test_without_the_compiler_the_one_command_is_given(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TargetError, match=r"v4:4x4x12 needs the TPU compiler, .*: pip install 'jaxpar\[plan\]'"):
+        jaxpar.make_mesh(fsdp=192, target="v4-192")
+
+
+def test_devices_and_a_target_are_one_too_many():
+    with pytest.raises(jaxpar.MeshError, match="devices= and target='v5e-16' are given"):
+        jaxpar.make_mesh(data=8, devices=jax.devices(), target="v5e-16")
+
+
+def test_what_is_here_has_no_memory_to_fit():
+    _, step, state, batch = start(jaxpar.make_mesh(data=8))
+    with pytest.raises(ValueError, match="is of devices that are here; give a target to fit"):
+        assert_fits(step, state, batch)
+    with pytest.raises(ValueError, match="hbm_fraction is 90"):
+        assert_fits(step, state, batch, hbm_fraction=90)
+
+
+SMALL = Sizes(256, 2, 4, 4, 512)
+
+
+def start(mesh, sizes=SMALL, rows=128, length=256, **build):
+    strategy = jaxpar.sharded(mesh, *(rules for axis, rules in RULES.items() if axis in mesh.shape))
+    init_fn = lambda rng: jaxpar.TrainState.create(Transformer(sizes, rngs=nnx.Rngs(rng)), optax.adamw(1e-3))
+    step = jaxpar.make_train_step(loss_fn, strategy, compute_dtype=jnp.bfloat16, **build)
+    batch = {key: jax.ShapeDtypeStruct((rows, length), jnp.uint8) for key in "xy"}
+    return strategy, step, strategy.abstract_state(init_fn), batch
+
+
+# ---- with the TPU compiler
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v4-16", "v5e-16", "v5p-16", "v6e-16"])
+def test_data_parallel_sends_its_gradients_once_to_the_byte_on_every_chip(target):
+    _, step, state, batch = start(jaxpar.make_mesh(data=16, target=target), num_microbatches=2)
+    report = jaxpar.inspect(step, state, batch)
+    (row,) = [row for row in report.traffic if row.purpose == "weights and gradients"]
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    assert row.bytes == row.bound == 2 * 15 * 4 * count // 16
+    assert report.unexplained == ()
+    assert report.peak_bytes < report.hbm_bytes == CHIPS[target[:3].rstrip("-")].hbm_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"fsdp": 4, "model": 4}])
+def test_fsdp_moves_weights_near_the_bound_and_loops_are_counted(sizes):
+    _, step, state, batch = start(jaxpar.make_mesh(target="v5e-16", **sizes), Sizes(1024, 3, 8, 8, 2816), 64, 512)
+    report = jaxpar.inspect(step, state, batch)
+    row = next(row for row in report.traffic if (row.axes, row.purpose) == (("fsdp",), "weights and gradients"))
+    # A windowed product's ring goes on for 17 sends where 15 would do.
+    assert 1 <= row.logical_bytes / row.bound < 1.15
+    assert any(one.times and one.times % 3 == 0 and one.is_asynchronous for one in report.collectives)
+    assert sum(one.bytes_a_step for one in report.unexplained) < 0.02 * row.bytes
+    assert any("Attention.__call__ (transformer.py" in one.source for one in report.collectives)
+
+
+@pytest.mark.slow
+def test_slices_are_crossed_by_their_own_axis_alone():
+    mesh = jaxpar.make_mesh(data=2, fsdp=16, target="v5e-16", slices=2)
+    assert [{device.slice_index for device in row} for row in mesh.devices] == [{0}, {1}]
+    _, step, state, batch = start(mesh)
+    for one in jaxpar.inspect(step, state, batch).collectives:
+        assert one.crosses_slices == ("data" in one.axes), one
+
+
+@pytest.mark.slow
+def test_memory_is_what_a_whole_compile_says():
+    _, step, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"), Sizes(512, 2, 4, 4, 1024))
+    report = jaxpar.inspect(step, state, batch)
+    memory = step.lower(state, batch).compile().memory_analysis()
+    assert report.argument_bytes == pytest.approx(memory.argument_size_in_bytes, rel=0.05)
+    assert 0 <= memory.temp_size_in_bytes - report.temp_bytes < 0.1 * 2**30
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_fit_is_an_answer():
+    llama = Sizes(d_model=4096, layers=32, heads=32, kv_heads=32, hidden=11008)
+    _, step, state, batch = start(jaxpar.make_mesh(fsdp=256, target="v5e-256"), llama, 256, 2048)
+    report = jaxpar.inspect(step, state, batch)
+    assert "GiB of 15.8 GiB: does NOT fit" in str(report)
+    with pytest.raises(
+        AssertionError, match=r"needs [\d.]+ GiB on a device, but 14.2 GiB are allowed, 0.9 of 15.8 GiB"
+    ):
+        assert_fits(step, state, batch)
+    _, step, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"))
+    assert_fits(step, state, batch)
+
+
+@pytest.mark.slow
+def test_nothing_can_be_put_on_what_is_not_here():
+    strategy, *_ = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"))
+    init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(16, 16, rngs=nnx.Rngs(rng)), optax.sgd(1.0))
+    rows = {"x": np.ones((16, 3))}
+    for put in (
+        lambda: strategy.init(init_fn, jax.random.key(0)),
+        lambda: strategy.place(init_fn(jax.random.key(0))),
+        lambda: strategy.shard_batch(rows),
+    ):
+        with pytest.raises(
+            jaxpar.MeshError, match="is of TPU v5 lite chips that aren't here: nothing can be put on them"
+        ):
+            put()
+    assert strategy.data_shard() == (0, 1)
+    assert strategy.abstract_batch(rows)["x"].shape == (16, 3)
+
+
+@pytest.mark.slow
+def test_a_compile_that_fails_aborts_or_hangs_ends_with_its_reason(monkeypatch):
+    target = read_target("v5e-16")
+    _, step, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"))
+    with pytest.raises(AheadError, match=r"The compile for v5e:4x4 was ended after 0.2 s"):
+        compile_ahead(step, state, batch, target, seconds=0.2)
+    monkeypatch.setattr(type(step), "export", lambda *args: type("E", (), {"serialize": lambda self: b"nothing"})())
+    with pytest.raises(AheadError, match=r"The compile for v5e:4x4 ended with code 1: "):
+        compile_ahead(step, state, batch, target)
+    assert not list(pathlib.Path(tempfile.gettempdir()).glob("jaxpar-*"))
+
+
+@pytest.mark.slow
+def test_an_abort_of_the_compiler_ends_its_own_process_alone():
+    # libtpu has no such slice, gives its devices all the same, and aborts when it compiles.
+    devices = target_devices(Target("v5e", (16, 32)))
+    mesh = jaxpar.make_mesh(data=512, devices=list(devices))
+    _, step, state, batch = start(mesh, rows=512)
+    with pytest.raises(AheadError, match=re.escape("The compile for v5e:16x32 ended by signal SIG")):
+        jaxpar.inspect(step, state, batch)
