@@ -16,6 +16,9 @@ from jaxpar.targets import read_target, target_devices
 
 AXES = ("data", "fsdp", "stage", "expert", "context", "model")
 BATCH_AXES = ("data", "fsdp", "expert")
+_ALSO_CALLED = {"batch": "data", "dp": "data", "ddp": "data", "replica": "data", "zero": "fsdp", "pipeline": "stage"}
+_ALSO_CALLED |= {"pp": "stage", "ep": "expert", "sequence": "context", "cp": "context", "sp": "context"}
+_ALSO_CALLED |= {"tensor": "model", "tp": "model", "mp": "model"}
 # What `jax.vmap` calls the rows of a padded batch, where the model sees one after the other.
 ROW_AXIS = "jaxpar_row"
 
@@ -110,7 +113,8 @@ def check_devices(devices: Any) -> np.ndarray:
 def check_axis_name(axis: str) -> None:
     """Raises MeshError, with the nearest name, unless `axis` is one of `jaxpar.AXES`."""
     if axis not in AXES:
-        raise MeshError(f"Mesh axis {axis!r} is unknown{nearest(axis, AXES)}; the axes are {', '.join(AXES)}.")
+        near = f" (here it is {_ALSO_CALLED[axis]!r})" if axis in _ALSO_CALLED else nearest(axis, AXES)
+        raise MeshError(f"Mesh axis {axis!r} is unknown{near}; the axes are {', '.join(AXES)}.")
 
 
 @functools.cache

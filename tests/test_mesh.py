@@ -122,6 +122,14 @@ def test_the_outer_part_of_the_axis_is_what_crosses():
     assert [[device.id // 4 for device in row] for row in mesh.devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize(
+    ("given", "axis"), [("tensor", "model"), ("pipeline", "stage"), ("dp", "data"), ("sp", "context")]
+)
+def test_another_fields_word_for_an_axis_is_told_the_one_here(given, axis):
+    with pytest.raises(jaxpar.MeshError, match=rf"Mesh axis '{given}' is unknown \(here it is '{axis}'\)"):
+        jaxpar.make_mesh(f"{given}=8")
+
+
 def test_an_unknown_slow_axis_is_named_with_one_slice_too():
     with pytest.raises(jaxpar.MeshError, match=r"Mesh axis 'modle' is unknown \(nearest: 'model'\)"):
         jaxpar.make_mesh(data=8, slice_axis="modle")

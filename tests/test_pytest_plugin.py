@@ -147,13 +147,12 @@ def test_a_skip_names_the_flag_that_set_the_number(pytester, monkeypatch):
     result.stdout.fnmatch_lines("*needs 2 devices, but there is 1; XLA_FLAGS says so: ask it for 2, or unset it*")
 
 
-@pytest.mark.parametrize(
-    "mark", ["devices", "devices()", "devices('8')", "devices(True)", "devices(8, 4)", "devices(count=8)"]
-)
-def test_a_wrong_mark_fails_and_says_how_to_write_it(pytester, mark):
-    result = run(pytester, test_it=f"import pytest\n@pytest.mark.{mark}\ndef test(): pass\n")
-    result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines("*give one whole number, as devices(8).*")
+def test_a_wrong_mark_fails_and_says_how_to_write_it(pytester):
+    marks = ["devices", "devices()", "devices('8')", "devices(True)", "devices(8, 4)", "devices(count=8)"]
+    tests = [f"@pytest.mark.{mark}\ndef test_{number}(): pass\n" for number, mark in enumerate(marks)]
+    result = run(pytester, test_it="import pytest\n" + "".join(tests))
+    result.assert_outcomes(errors=len(marks))
+    result.stdout.fnmatch_lines(["*give one whole number, as devices(8).*"] * len(marks))
 
 
 def test_the_strategies_are_the_table_of_testing():
