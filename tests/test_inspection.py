@@ -246,6 +246,31 @@ def test_operations_are_those_of_the_closed_form(kind):
     assert sum(one.flops for one in products) == (6 * weights + attention) * rows * length
 
 
+MEGATRON_CELLS = [
+    ({"model": 4}, 1),
+    ({"data": 2, "model": 4}, 1),
+    ({"data": 2, "model": 4}, 2),
+    ({"fsdp": 2, "model": 4}, 1),
+]
+
+
+@pytest.mark.parametrize(("sizes", "microbatches"), MEGATRON_CELLS)
+def test_tensor_parallel_sums_are_four_a_layer_and_those_of_the_vocabulary(sizes, microbatches):
+    rows, length, layers, width = 16, 8, 3, 32
+    rules = [jaxpar.MEGATRON, *([jaxpar.FSDP] if "fsdp" in sizes else [])]
+    strategy = jaxpar.sharded(sub_mesh(**sizes), *rules)
+    shape = Sizes(d_model=width, layers=layers, heads=4, kv_heads=4, hidden=64)
+    init_fn = lambda rng: jaxpar.TrainState.create(Transformer(shape, rngs=nnx.Rngs(rng)), optax.sgd(1.0))
+    step = jaxpar.make_train_step(loss_fn, strategy, num_microbatches=microbatches)
+    batch = {key: jax.ShapeDtypeStruct((rows, length), jnp.uint8) for key in "xy"}
+    report = jaxpar.inspect(step, strategy.abstract_state(init_fn), batch)
+    activations = rows * length * width * 4 // strategy.num_shards
+    # Two forth and two back a layer; the head's gradient is a sum too, and each row of the table is on one device.
+    assert traffic_of(report, "activations")["model",].bound == activations * (2 * (4 * layers + 1) + 1) * 3 // 4
+    weights = layers * (4 * width * width + 3 * width * 64) + 256 * width
+    assert report.flops == (6 * weights + 12 * layers * length * width) * rows * length
+
+
 def test_convolutions_and_branches_are_counted():
     def step(x, k):
         y = jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

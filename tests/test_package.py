@@ -99,7 +99,7 @@ ENGINES = {"sharded", "data_parallel"}
 ISLANDS = ["schedule", "sequence", "context", "expert", "stack", "pipeline", "pipeline_loss"]
 UNDER_ISLANDS = {"targets", "mesh", "state", "loss"}
 # What reads a program's text knows nothing of steps.
-READERS = ["inspection.hlo", "inspection.collectives", "inspection.flops"]
+READERS = ["inspection.hlo", "inspection.collectives", "inspection.flops", "inspection.partials"]
 
 
 def tree_of(module):

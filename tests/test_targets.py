@@ -103,6 +103,9 @@ def test_fsdp_moves_weights_near_the_bound_and_loops_are_counted(sizes):
     row = next(row for row in report.traffic if (row.axes, row.purpose) == (("fsdp",), "weights and gradients"))
     # A windowed product's ring goes on for 17 sends where 15 would do.
     assert 1 <= row.logical_bytes / row.bound < 1.15
+    if "model" in sizes:
+        (sums,) = [row for row in report.traffic if (row.axes, row.purpose) == (("model",), "activations")]
+        assert 1 <= sums.bytes / sums.bound < 1.1
     assert any(one.times and one.times % 3 == 0 and one.is_asynchronous for one in report.collectives)
     assert sum(one.bytes_a_step for one in report.unexplained) < 0.02 * row.bytes
     assert any("Attention.__call__ (transformer.py" in one.source for one in report.collectives)

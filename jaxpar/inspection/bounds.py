@@ -6,7 +6,8 @@ does not split it, its gradient is all-reduced: 2 B (n-1)/n. B is what the other
 """
 
 import math
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,12 +48,14 @@ class Terms(NamedTuple):
       compute_dtype: what the step casts floating-point parameters to, and so gathers and reduces; None for their own.
       num_microbatches: how often it gathers and reduces what batch axes split.
       summed_axes: the axes over which the builder itself sums gradients, once, in the dtype of their parameters.
+      partial_sums: the fewest bytes that each axis's parts of sums take, as `count_partial_sums` gives them.
     """
 
     frozen: frozenset[str] = frozenset()
     compute_dtype: Any = None
     num_microbatches: int = 1
     summed_axes: tuple[str, ...] = ()
+    partial_sums: Mapping[str, int] = types.MappingProxyType({})
 
     def width(self, row: LayoutRow) -> int:
         """The bytes of a leaf's element as it is gathered."""
@@ -89,7 +92,9 @@ def sort_traffic(collectives: Iterable[Collective], rows: Iterable[LayoutRow], m
         if purpose == "weights and gradients":
             logical = sum(_logical_bytes(one, params, mesh, terms) for one in ones)
             bound = _bound(axes, params, mesh, terms, logical)
-        elif purpose == "activations" and set(axes) <= set(BATCH_AXES) - set(_STAYS):
+        elif purpose == "activations" and len(axes) == 1:
+            bound = terms.partial_sums.get(axes[0])
+        if purpose == "activations" and set(axes) <= set(BATCH_AXES) - set(_STAYS):
             unexplained += ones
         traffic.append(Traffic(axes, purpose, sent, logical, bound))
     return Purposes(

@@ -73,7 +73,7 @@ def _repeats(eqn: Any) -> int:
         return eqn.params["length"]
     if eqn.primitive.name == "shard_map":
         sizes = eqn.params["mesh"].shape
-        return math.prod(sizes[axis] for axis in eqn.params.get("manual_axes", sizes))
+        return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
     if eqn.primitive.name == "pallas_call":
         return math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
     return 1

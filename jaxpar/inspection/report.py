@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxpar.ahead import compile_ahead
 from jaxpar.evaluation import EvalStep
@@ -14,7 +14,10 @@ from jaxpar.inspection.bounds import Terms, Traffic, sort_traffic
 from jaxpar.inspection.collectives import Collective, find_collectives
 from jaxpar.inspection.flops import Product, count_products
 from jaxpar.inspection.hlo import read_program
+from jaxpar.inspection.partials import count_partial_sums
 from jaxpar.layout import LayoutRow, format_bytes
+from jaxpar.mesh import BATCH_AXES
+from jaxpar.partition import axes_of
 from jaxpar.state import TrainState
 from jaxpar.step import Step
 from jaxpar.targets import target_of
@@ -231,6 +234,7 @@ def inspect(
             "strategy.compile returns."
         )
     strategy, mesh = step.strategy, step.strategy.mesh
+    jaxpr = step.trace(state, batch)
     program = _compile(step, state, batch)
     states = [
         node
@@ -246,6 +250,7 @@ def inspect(
         step.compute_dtype,
         step.num_microbatches,
         tuple(axis for layout in layouts for axis in strategy.train_axes(layout, step.num_microbatches)),
+        _partial_sums(jaxpr, state, rows, mesh),
     )
     purposes = sort_traffic(collectives, rows, mesh, terms)
     return Inspection(
@@ -261,7 +266,7 @@ def inspect(
         tuple(rows),
         collectives,
         *purposes,
-        count_products(step.trace(state, batch)),
+        count_products(jaxpr),
     )
 
 
@@ -283,6 +288,23 @@ def _compile(step: Step, state: Any, batch: Any) -> Any:
     memory = compiled.memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return _Program(compiled.as_text(), memory.argument_size_in_bytes, made, memory.temp_size_in_bytes, None)
+
+
+def _partial_sums(jaxpr: Any, state: Any, rows: list[LayoutRow], mesh: Mesh) -> dict[str, int]:
+    """The fewest bytes that parts of sums take over each axis that splits weights inside layers."""
+    if not isinstance(state, TrainState):
+        return {}
+    shards = {axis: mesh.shape[axis] for axis in (*BATCH_AXES, "context") if axis in mesh.shape}
+    weights = [row.spec if row.path.startswith("params/") else PartitionSpec() for row in rows]
+    found = {}
+    for axis in {axis for spec in weights for axis in axes_of(spec)} & {"model"}:
+        split = [
+            frozenset(dim for dim, entry in enumerate(spec) if axis in axes_of(PartitionSpec(entry)))
+            for spec in weights
+        ]
+        rest = [frozenset()] * (len(jaxpr.jaxpr.invars) - len(split))
+        found[axis] = count_partial_sums(jaxpr, split + rest, shards, mesh.shape[axis])
+    return found
 
 
 def _whole_bytes(row: LayoutRow, mesh: Mesh) -> int:
