@@ -21,10 +21,12 @@ class _Value(NamedTuple):
       split: the dims of a weight that the axis splits.
       sends: how often each of its bytes must travel, times (n-1)/n: 0 for what is whole, 2 for a part of a sum, 1 for
         rows of a table, of which each is on one device.
+      width: the bytes of its element where it was narrowest, since it may travel there.
     """
 
     split: frozenset[int] = frozenset()
     sends: int = 0
+    width: int = 8
 
 
 def count_partial_sums(jaxpr: Any, split_dims: Sequence[frozenset[int]], shards: dict[str, int], size: int) -> int:
@@ -53,7 +55,8 @@ def count_partial_sums(jaxpr: Any, split_dims: Sequence[frozenset[int]], shards:
 def _settle(atom: Any, value: _Value, times: int, shards: dict[str, int], found: list[tuple[int, int]]) -> None:
     """Counts what must be summed now."""
     if value.sends:
-        count = math.prod(atom.aval.shape) * atom.aval.dtype.itemsize // math.prod(shards.values())
+        width = min(value.width, atom.aval.dtype.itemsize)
+        count = math.prod(atom.aval.shape) * width // math.prod(shards.values())
         found.append((value.sends * count, times))
 
 
@@ -65,10 +68,11 @@ def _visit(
     for eqn in _live(jaxpr):
         name, inputs = eqn.primitive.name, [of(atom) for atom in eqn.invars]
         if name in _SUMS and all(value.sends for value in inputs):
-            known[eqn.outvars[0]] = _Value(sends=2)
+            known[eqn.outvars[0]] = _Value(sends=2, width=min(value.width for value in inputs))
             continue
         if name in _LINEAR and len(eqn.invars) == 1:
-            known[eqn.outvars[0]] = _Value(_moved(eqn, inputs[0].split), inputs[0].sends)
+            width = min(inputs[0].width, eqn.outvars[0].aval.dtype.itemsize)
+            known[eqn.outvars[0]] = _Value(_moved(eqn, inputs[0].split), inputs[0].sends, width)
             continue
         for atom, value in zip(eqn.invars, inputs, strict=True):
             _settle(atom, value, times, shards, found)
@@ -81,7 +85,7 @@ def _visit(
             outs = _visit_body(eqn, bodies[0], inputs, times, shards, found)
             known |= zip(eqn.outvars, outs, strict=False)
         elif sends := _sends(eqn, inputs):
-            known[eqn.outvars[0]] = _Value(sends=sends)
+            known[eqn.outvars[0]] = _Value(sends=sends, width=eqn.outvars[0].aval.dtype.itemsize)
     return [of(atom) for atom in jaxpr.outvars]
 
 
