@@ -78,8 +78,19 @@ def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds
             (folder / _PROGRAM).write_bytes(step.export(state, batch).serialize())
         except ImportError as error:
             raise TargetError(f"target {target} needs flatbuffers: pip install 'jaxpar[plan]'") from error
-        places = [order[device] for device in mesh.devices.flat]
-        (folder / _MESH).write_text(json.dumps({"target": target, "axes": dict(mesh.shape), "places": places}))
+        except NotImplementedError as error:
+            raise AheadError(
+                f"The step can't be compiled for {target}: {error}. Leave out what calls back into Python, as "
+                "jax.debug.print does."
+            ) from error
+        told = {
+            "target": target,
+            "axes": dict(mesh.shape),
+            "places": [order[device] for device in mesh.devices.flat],
+            "carries_state": step.carries_state,
+            "compiler_options": step.compiler_options,
+        }
+        (folder / _MESH).write_text(json.dumps(told))
         return _run(folder, target, seconds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,11 +98,15 @@ def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds
 
 def _run(folder: pathlib.Path, target: Target, seconds: float) -> AheadProgram:
     flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*jit_call.*"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TPU_SKIP_MDS_QUERY": "1"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    environment["JAX_ENABLE_X64"] = str(int(jax.config.jax_enable_x64))  # pyright: ignore[reportAttributeAccessIssue]
+    # It finds what this process does, and nothing beside it in the folder where it happens to run.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     environment |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
     with (folder / "log.txt").open("w") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "jaxpar.ahead", str(folder)], env=environment, stdout=log, stderr=log
+            [sys.executable, "-P", "-m", "jaxpar.ahead", str(folder)], env=environment, stdout=log, stderr=log
         )
         end = time.monotonic() + seconds
         try:
@@ -104,7 +119,9 @@ def _run(folder: pathlib.Path, target: Target, seconds: float) -> AheadProgram:
     if found or (found := _find_report(folder)):
         return _read(found, target)
     if done is None:
-        raise AheadError(f"The compile for {target} was ended after {seconds:g} s; give it longer, or a smaller step.")
+        raise AheadError(
+            f"The compile for {target} was ended after {seconds:g} s; a smaller step, or fewer layers, may do."
+        )
     reason = (folder / _ERROR).read_text() if (folder / _ERROR).exists() else _last_lines(folder / "log.txt")
     how = f"by signal {signal.Signals(-done).name}" if done < 0 else f"with code {done}"
     raise AheadError(f"The compile for {target} ended {how}: {reason.strip()}")
@@ -151,7 +168,9 @@ def _compile(folder: pathlib.Path) -> None:
     ]
     args, _ = jax.tree.unflatten(exported.in_tree, arguments)
     try:
-        jax.jit(exported.call, donate_argnums=(0,)).lower(*args).compile()
+        donated = (0,) if told["carries_state"] else ()
+        options = told["compiler_options"]
+        jax.jit(exported.call, donate_argnums=donated, compiler_options=options).lower(*args).compile()
     except Exception as error:
         (folder / _ERROR).write_text(str(error))
         raise

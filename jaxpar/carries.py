@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import jaxpr_as_fun
 
 
@@ -47,7 +48,10 @@ def _split(jaxpr: Any, rows: int, constrain: Callable[[jax.Array], jax.Array]) -
             bodies = getattr(inner, "jaxpr", inner).invars
             inputs = list(eqn.invars)
             for index, (atom, body) in enumerate(zip(inputs, bodies, strict=True)):
-                if atom.aval.shape == body.aval.shape and atom.aval.shape[:1] == (rows,) and not hasattr(atom, "val"):
+                # A literal has a value, and a reference is no array.
+                if hasattr(atom, "val") or type(atom.aval) is not ShapedArray:
+                    continue
+                if atom.aval.shape == body.aval.shape and atom.aval.shape[:1] == (rows,):
                     # A function of its own each time: JAX would give the variables of an equal trace again.
                     (constraint,) = jax.make_jaxpr(lambda x: constrain(x))(atom.aval).jaxpr.eqns
                     eqns.append(constraint.replace(invars=[atom]))

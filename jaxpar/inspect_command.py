@@ -41,6 +41,9 @@ def inspect(options: argparse.Namespace) -> int:
         report = jaxpar.inspect(step, strategy.abstract_state(module.init_fn), module.batch)
     except (ValueError, TypeError, jaxpar.AheadError) as error:
         raise UsageError(str(error)) from error
+    except Exception as error:
+        # Code 1 is for what doesn't fit.
+        raise UsageError(f"{options.module or 'the model'} fails with {type(error).__name__}: {error}") from error
     _print(report, options)
     return 0 if report.hbm_bytes is None or report.peak_bytes <= report.hbm_bytes else 1
 
@@ -63,7 +66,7 @@ def _make_mesh(options: argparse.Namespace) -> jax.sharding.Mesh:
             jax.config.update("jax_platforms", "cpu")
             return jaxpar.make_mesh(options.mesh, target=options.target, slices=options.slices)
         devices = None if options.fake_devices is None else train_command.make_fake_devices(options.fake_devices)
-        return jaxpar.make_mesh(options.mesh, devices=devices)
+        return jaxpar.make_mesh(options.mesh, devices=devices, slices=options.slices)
     except (jaxpar.MeshError, jaxpar.TargetError) as error:
         raise UsageError(str(error)) from error
 
@@ -81,13 +84,16 @@ def _load(name: str) -> types.ModuleType:
             if spec is None or spec.loader is None or not path.exists():
                 raise UsageError(f"{name} is no file; give a Python file or module with init_fn, loss_fn and batch.")
             module = importlib.util.module_from_spec(spec)
+            # As `python file.py` does: it finds what lies beside it, and dataclasses find it.
+            sys.path.insert(0, str(path.resolve().parent))
+            sys.modules[path.stem] = module
             spec.loader.exec_module(module)
         else:
             sys.path.insert(0, "")
             module = importlib.import_module(name)
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{name} can't be imported: {type(error).__name__}: {error}") from error
     missing = [needed for needed in _NEEDED if not hasattr(module, needed)]
     if missing:

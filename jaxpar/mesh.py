@@ -77,6 +77,7 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
             raise MeshError(f"Mesh axis {axis!r} has size {size!r}; a size is a whole number, 1 or more, or -1 once.")
     if target is not None and devices is not None:
         raise MeshError(f"devices= and target={target!r} are given; a target brings its own devices.")
+    _check_slice_count(slices)
     if target is not None:
         devices = list(target_devices(read_target(target, slices)))
     chosen = check_devices(jax.devices() if devices is None else devices)
@@ -311,9 +312,12 @@ def _process_is_slice(devices: np.ndarray) -> bool:
     return devices[0].platform != "tpu" and len({getattr(device, "slice_index", 0) for device in devices}) == 1
 
 
-def _check_slices(shape: dict[str, int], slices: Any, axis: str, found: dict[int, int]) -> None:
+def _check_slice_count(slices: Any) -> None:
     if isinstance(slices, bool) or not isinstance(slices, int | np.integer) or slices < 1:
         raise MeshError(f"slices is {slices!r}; give a whole number, 1 or more.")
+
+
+def _check_slices(shape: dict[str, int], slices: Any, axis: str, found: dict[int, int]) -> None:
     if axis not in shape:
         raise MeshError(
             f"slice_axis is {axis!r}{nearest(axis, tuple(shape))}, which the mesh {shape} does not have; name the "

@@ -71,7 +71,7 @@ def _split_rows(leaf: jax.Array) -> jax.Array:
     # The builder does so for a scan of the model's own, but doesn't look into an island: see carries.py for why.
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes)
-    if not axes or not leaf.ndim or leaf.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+    if not axes or not np.ndim(leaf) or leaf.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return leaf
     free = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
     return lax.with_sharding_constraint(leaf, PartitionSpec(axes, *free))

@@ -73,6 +73,8 @@ class Step:
       fn: the function that was compiled.
       num_microbatches: into how many parts it cuts the batch.
       compute_dtype: what it casts floating-point parameters to; None if it doesn't.
+      carries_state: whether it gives back the state, and takes over its memory.
+      compiler_options: XLA's, by name; None for its own.
     """
 
     def __init__(
@@ -90,8 +92,8 @@ class Step:
         if compiler_options is not None and not isinstance(compiler_options, dict):
             raise ValueError(f"compiler_options is {compiler_options!r}; give a dict of XLA's options by name.")
         self.strategy, self.fn = strategy, _keep_state(fn) if carries_state else fn
-        self._carries_state, self.num_microbatches, self.compute_dtype = carries_state, num_microbatches, compute_dtype
-        self._compiler_options = compiler_options
+        self.carries_state, self.num_microbatches, self.compute_dtype = carries_state, num_microbatches, compute_dtype
+        self.compiler_options = compiler_options
         self._runs: dict[Any, StepFn] = {}
         self._last: tuple[Any, Any] = None, None
         self._batches: dict[Any, Any] = {}
@@ -128,7 +130,7 @@ class Step:
         batch = self.strategy.abstract_batch(batch)
         self._check_state(state)
         self._check_rows(batch)
-        return self.strategy.engine.lower(self.fn, state, batch, self._carries_state, self._compiler_options)
+        return self.strategy.engine.lower(self.fn, state, batch, self.carries_state, self.compiler_options)
 
     def trace(self, state: Any, batch: Any) -> Any:
         """Returns the step's jaxpr for a state and a raw global batch, arrays or shapes: nothing is compiled."""
@@ -145,7 +147,7 @@ class Step:
         batch = self.strategy.abstract_batch(batch)
         self._check_state(state)
         self._check_rows(batch)
-        return self.strategy.engine.export(self.fn, state, batch, self._carries_state)
+        return self.strategy.engine.export(self.fn, state, batch, self.carries_state)
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
@@ -159,11 +161,11 @@ class Step:
         self._check_rows(batch)
         start = time.perf_counter()
         try:
-            run = self.strategy.engine.prepare(self.fn, state, batch, self._carries_state, self._compiler_options)
+            run = self.strategy.engine.prepare(self.fn, state, batch, self.carries_state, self.compiler_options)
         except Exception as error:
-            if self._compiler_options and "option" in str(error) and "are for jax.jit" not in str(error):
+            if self.compiler_options and "option" in str(error) and "are for jax.jit" not in str(error):
                 raise ValueError(
-                    f"compiler_options={self._compiler_options} can't be used: {error}; give XLA's names and values."
+                    f"compiler_options={self.compiler_options} can't be used: {error}; give XLA's names and values."
                 ) from error
             raise
         seconds = time.perf_counter() - start

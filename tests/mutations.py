@@ -120,6 +120,35 @@ MUTATIONS = [
         "atom",
         "tests/test_carries.py::test_values_and_gradients_stay_as_they_are[bare]",
     ),
+    # What `inspect` counts.
+    Mutation(
+        "an all-reduce counted as half of what it sends",
+        "inspection/collectives.py",
+        '"all-reduce": 2 * (size - 1) / size,',
+        '"all-reduce": (size - 1) / size,',
+        INSPECTION + "data_parallel_sends_its_gradients_once_to_the_byte[data-1]",
+    ),
+    Mutation(
+        "a loop's step taken for one",
+        "inspection/hlo.py",
+        "math.ceil((bound - start) / (after - start))",
+        "bound - start",
+        INSPECTION + "a_loops_trips_are_read_from_its_counter",
+    ),
+    Mutation(
+        "each part of a sum summed by itself",
+        "inspection/partials.py",
+        "if name in _SUMS and all(",
+        "if name in () and all(",
+        INSPECTION + "tensor_parallel_sums_are_four_a_layer_and_those_of_the_vocabulary",
+    ),
+    Mutation(
+        "the products of a loop counted once",
+        "inspection/flops.py",
+        "times * _repeats(eqn)",
+        "times",
+        INSPECTION + "operations_are_those_of_the_closed_form[data]",
+    ),
     # Divisions and fractions.
     Mutation(
         "microbatches not counted in the fraction",

@@ -50,3 +50,16 @@ def test_what_enters_in_slices_or_has_no_rows_is_left():
     scan = lambda: jax.lax.scan(lambda x, w: (x + w, None), jnp.zeros(3), jnp.ones((ROWS, 3)))[0]
     split_carries(scan, ROWS, lambda x: seen.append(x) or x)()
     assert seen == []
+
+
+def test_a_reference_that_a_scan_closes_over_is_left():
+    def count():
+        seen = jax.new_ref(jnp.zeros((ROWS, 3)))
+
+        def body(x, w):
+            seen[...] += x
+            return x * w, None
+
+        return jax.lax.scan(body, jnp.ones((ROWS, 3)), jnp.arange(1.0, 4))[0] + seen[...]
+
+    np.testing.assert_array_equal(split_carries(count, ROWS, jax.lax.optimization_barrier)(), count())

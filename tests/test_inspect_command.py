@@ -63,6 +63,7 @@ def test_the_demos_model_needs_no_code(capsys):
         (["--mesh", "data=3", "--fake-devices", "8"], "Mesh axes {'data': 3} use 3 devices, but 8 are available"),
         (["--mesh", "data=3", "--target", "v7-3"], "target 'v7-3' has the chip 'v7'"),
         (["--target", "v5e-16", "--fake-devices", "8"], "--target and --fake-devices are given"),
+        (["--mesh", "data=8", "--fake-devices", "8", "--slices", "2"], "slices=2, but the devices lie on 1"),
         (["--mesh", "data=8", "--fake-devices", "8", "--batch-size", "9"], "9 examples, which do not divide by 8"),
     ],
 )
@@ -73,6 +74,27 @@ def test_what_cannot_be_is_one_line_and_code_2(arguments, message, capsys):
     assert error.startswith("jaxpar: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_module_finds_itself_and_what_lies_beside_it(module, tmp_path, capsys):
+    (tmp_path / "beside_mine.py").write_text("WIDTH = 64\n")
+    more = (
+        "import dataclasses, beside_mine\n@dataclasses.dataclass\nclass Sizes:\n    width: 'int' = beside_mine.WIDTH\n"
+    )
+    assert main(["inspect", module(more), *ARGUMENTS]) == 0
+    assert "weights and gradients" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("raise SystemExit(0)", "can't be imported: SystemExit: 0"),
+        ("def init_fn(rng): raise KeyError('width')", "fails with KeyError: 'width'"),
+    ],
+)
+def test_a_module_that_leaves_or_fails_is_not_what_fits_or_does_not(module, more, message, capsys):
+    assert main(["inspect", module(more), *ARGUMENTS]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_module_that_fails_is_named(module, capsys):

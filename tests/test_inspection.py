@@ -57,6 +57,24 @@ def test_groups_that_follow_no_axes_have_none(groups, axes):
     assert axes_of_groups(np.array(groups), sub_mesh(data=2, model=4)) == axes
 
 
+def test_groups_of_several_sizes_are_read_by_the_largest_and_no_pairs_move_nothing():
+    assert read_groups("replica_groups={{0,1,2},{3}}", 4).tolist() == [[0, 1, 2]]
+    (one,) = collectives_of(
+        "  %x = f32[4]{0} parameter(0)\n  ROOT %p = f32[4]{0} collective-permute(%x), channel_id=4, "
+        "source_target_pairs={}"
+    )
+    assert (one.axes, one.bytes) == ((), 0)
+
+
+def test_a_ragged_exchange_sends_its_first_operand():
+    numbers = ", ".join(f"%n{number}" for number in range(4))
+    lines = ["  %x = f32[8]{0} parameter(0)", "  %out = f32[64]{0} parameter(1)"]
+    lines += [f"  %n{number} = s32[8]{{0}} parameter({number + 2})" for number in range(4)]
+    lines += [f"  ROOT %r = f32[64]{{0}} ragged-all-to-all(%x, %out, {numbers}), replica_groups=[1,8]<=[8]"]
+    (one,) = collectives_of("\n".join(lines))
+    assert (one.kind, one.bytes) == ("ragged-all-to-all", 28)
+
+
 def test_no_groups_are_all_devices():
     assert read_groups("replica_groups={}", 4).tolist() == [[0, 1, 2, 3]]
 
@@ -281,6 +299,27 @@ def test_convolutions_and_branches_are_counted():
     assert sorted(one.flops for one in products) == [2 * 50 * 6 * 2, 2 * 50 * 27 * 6]
 
 
+def test_what_a_strided_convolutions_gradient_does_not_meet_is_not_counted():
+    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    back = jax.make_jaxpr(jax.grad(lambda x, k: conv(x, k).sum()))(jnp.ones((2, 32, 32, 8)), jnp.ones((4, 4, 8, 16)))
+    assert [one.flops for one in count_products(back)] == [2 * 2 * 8 * 8 * 4 * 4 * 8 * 16]
+
+
+def test_ragged_products_are_counted_and_dead_ones_are_not():
+    def step(x, w, sizes):
+        dead = x @ x.T
+        _ = jax.lax.scan(lambda c, _: (c + 1, dead @ x), 0.0, None, length=3)
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    products = count_products(jax.make_jaxpr(step)(jnp.ones((8, 3)), jnp.ones((2, 3, 5)), jnp.array([4, 4])))
+    assert [one.shape for one in products] == [(1, 8, 3, 5)]
+
+
+def test_a_product_of_nothing_has_no_intensity():
+    (product,) = count_products(jax.make_jaxpr(lambda x: x[:0] @ x.T)(jnp.ones((4, 3))))
+    assert (product.flops, product.intensity) == (0, 0)
+
+
 def test_an_eval_step_and_a_users_own_can_be_inspected():
     strategy, task = STRATEGIES["data"](DEVICES), make_task("linen_mlp")
     state, batch = strategy.abstract_state(task.init_fn), make_batches("mlp", 1, rows=64)[0]
@@ -339,6 +378,51 @@ def test_a_budget_is_kept_or_says_what_breaks_it():
         assert_collectives(*args, batch, {})
     with pytest.raises(AssertionError, match=r"all-gather fsdp: the budget allows 9 B, but the step sends none"):
         assert_collectives(*args, batch, {"all-reduce data": sent, "all-gather fsdp": 9})
+
+
+def test_a_budget_of_nothing_is_kept_by_what_sends_none():
+    strategy, task = jaxpar.sharded(sub_mesh(data=1)), make_task("linen_mlp")
+    step, batch = jaxpar.make_train_step(task.loss_fn, strategy), make_batches("mlp", 1, rows=64)[0]
+    assert_collectives(
+        step, strategy.abstract_state(task.init_fn), batch, {"all-gather model,data": 0, "all-reduce -": 0}
+    )
+
+
+def test_a_loop_of_unknown_trips_keeps_to_no_budget():
+    strategy = STRATEGIES["data"](DEVICES)
+    whole = NamedSharding(strategy.mesh, P())
+
+    def step(state, batch):
+        turn = lambda x: x + (batch["x"] * x).sum(0)
+        return jax.lax.while_loop(lambda x: x.sum() < 1e6, turn, state), {}
+
+    state = jax.ShapeDtypeStruct((8,), "float32", sharding=whole)
+    with pytest.raises(AssertionError, match="a loop whose trips XLA doesn't know sends"):
+        assert_collectives(
+            strategy.compile(step), state, {"x": np.ones((16, 8), "float32")}, {"all-reduce data": 2**20}
+        )
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (None, "The budget is None; give a dict"),
+        ([("all-reduce data", 1)], "give a dict"),
+        ({1: 2}, "The budget has 1; write a kind and axes"),
+        ({"all-reduce data": "1MB"}, "The budget has '1MB' for 'all-reduce data'; give a whole number of bytes"),
+        ({"all-reduce data": -1}, "give a whole number of bytes"),
+    ],
+)
+def test_a_budget_that_is_none_is_an_error(budget, message):
+    with pytest.raises(ValueError, match=message):
+        assert_collectives(None, None, None, budget)
+
+
+def test_a_slice_of_that_is_no_function_is_an_error():
+    strategy, task = STRATEGIES["data"](DEVICES), make_task("linen_mlp")
+    step = jaxpar.make_train_step(task.loss_fn, strategy)
+    with pytest.raises(TypeError, match="slice_of is 3; give a function"):
+        jaxpar.inspect(step, strategy.abstract_state(task.init_fn), make_batches("mlp", 1)[0], slice_of=3)
 
 
 @pytest.mark.parametrize("name", ["all-reduce", "all-reduce batch", "allreduce data"])

@@ -1,5 +1,6 @@
 """Targets: pods that aren't here, what can't be, and steps compiled for them by the TPU compiler itself (slow)."""
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -61,12 +62,22 @@ def test_devices_and_a_target_are_one_too_many():
         jaxpar.make_mesh(data=8, devices=jax.devices(), target="v5e-16")
 
 
+@pytest.mark.parametrize("slices", ["2", None, [2], 2.0, True, 0])
+def test_slices_of_a_target_are_a_whole_number(slices):
+    with pytest.raises(jaxpar.MeshError, match=r"slices is .*; give a whole number, 1 or more"):
+        jaxpar.make_mesh(data=8, target="v5e-8", slices=slices)
+
+
+@pytest.mark.parametrize("fraction", ["0.9", None, True, 90])
+def test_a_part_of_the_memory_is_a_number(fraction):
+    with pytest.raises(ValueError, match=r"hbm_fraction is .*; give a part of the memory, more than 0 and up to 1"):
+        assert_fits(None, None, None, hbm_fraction=fraction)
+
+
 def test_what_is_here_has_no_memory_to_fit():
     _, step, state, batch = start(jaxpar.make_mesh(data=8))
     with pytest.raises(ValueError, match="is of devices that are here; give a target to fit"):
         assert_fits(step, state, batch)
-    with pytest.raises(ValueError, match="hbm_fraction is 90"):
-        assert_fits(step, state, batch, hbm_fraction=90)
 
 
 SMALL = Sizes(256, 2, 4, 4, 512)
@@ -181,3 +192,43 @@ def test_an_abort_of_the_compiler_ends_its_own_process_alone():
     _, step, state, batch = start(mesh, rows=512)
     with pytest.raises(AheadError, match=re.escape("The compile for v5e:16x32 ended by signal SIG")):
         jaxpar.inspect(step, state, batch)
+
+
+@pytest.mark.slow
+def test_experts_travel_on_a_target_and_their_exchange_is_counted():
+    mesh = jaxpar.make_mesh(expert=8, target="v5e-8")
+    strategy = jaxpar.sharded(mesh, jaxpar.EXPERT)
+    make_mlp = functools.partial(jaxpar.MoE, num_experts=8, top_k=2)
+    init_fn = lambda rng: jaxpar.TrainState.create(
+        Transformer(SMALL, make_mlp=make_mlp, rngs=nnx.Rngs(rng)), optax.sgd(1.0)
+    )
+    batch = {key: jax.ShapeDtypeStruct((64, 128), jnp.uint8) for key in "xy"}
+    report = jaxpar.inspect(jaxpar.make_train_step(loss_fn, strategy), strategy.abstract_state(init_fn), batch)
+    assert any(
+        one.kind in ("ragged-all-to-all", "all-to-all") and one.axes == ("expert",) for one in report.collectives
+    )
+
+
+@pytest.mark.slow
+def test_an_eval_steps_outputs_take_no_place_of_its_state():
+    strategy = jaxpar.sharded(jaxpar.make_mesh(data=8, target="v5e-8"))
+    init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(1024, 1024, rngs=nnx.Rngs(rng)), optax.sgd(1.0))
+    step = jaxpar.make_eval_step(lambda model, batch, rng: {"y": model(batch["x"])}, strategy)
+    batch = {"x": jax.ShapeDtypeStruct((8192, 1024), "float32")}
+    report = jaxpar.inspect(step, strategy.abstract_state(init_fn), batch)
+    assert report.peak_bytes >= report.argument_bytes + 8192 * 1024 * 4 // 8
+
+
+@pytest.mark.slow
+def test_a_target_gets_the_steps_own_options_and_says_what_it_cannot_compile():
+    strategy, _, state, batch = start(jaxpar.make_mesh(data=8, target="v5e-8"))
+    step = jaxpar.make_train_step(loss_fn, strategy, compiler_options={"xla_nonsense": True})
+    with pytest.raises(AheadError, match="xla_nonsense"):
+        jaxpar.inspect(step, state, batch)
+
+    def printing(model, batch, rng):
+        jax.debug.print("loss")
+        return loss_fn(model, batch, rng)
+
+    with pytest.raises(AheadError, match=r"Leave out what calls back into Python, as jax\.debug\.print does"):
+        jaxpar.inspect(jaxpar.make_train_step(printing, strategy), state, batch)

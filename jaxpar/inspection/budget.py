@@ -4,10 +4,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxpar.inspection.collectives import KINDS
 from jaxpar.inspection.report import inspect
 from jaxpar.layout import format_bytes
 from jaxpar.mesh import AXES
+
+_NO_AXIS = "-"
 
 
 def assert_collectives(
@@ -26,13 +30,14 @@ def assert_collectives(
       train_step: the step; as state and batch, what `jaxpar.inspect` takes.
       state: arrays or shapes.
       batch: the raw global batch, arrays or shapes.
-      budget: `"kind axes"` -> the most bytes that a device may send in a step: `{"all-reduce data": 2**20,
-        "all-gather fsdp": 2**22, "all-reduce data,fsdp": 4096}`.
+      budget: `"kind axes"` -> the most bytes that a device may send in a step, 0 for none: `{"all-reduce data": 2**20,
+        "all-gather fsdp": 2**22, "all-reduce data,fsdp": 4096}`; `-` for groups that follow no axes.
       slice_of: tells which slice a device is on.
 
     Raises:
       AssertionError: the message gives the collective, both numbers and the model's own lines.
-      ValueError: the budget names an unknown kind or axis.
+      ValueError: the budget names an unknown kind or axis, or gives no whole number of bytes.
+      InspectionError, StateError, BatchError, AheadError: as `jaxpar.inspect`.
 
     >>> import jax, jaxpar, optax
     >>> from flax import nnx
@@ -42,34 +47,50 @@ def assert_collectives(
     >>> batch = {"x": jax.ShapeDtypeStruct((16, 64), "float32")}
     >>> assert_collectives(step, strategy.abstract_state(init_fn), batch, {"all-reduce data": 14560})
     """
-    for name in budget:
-        kind, _, axes = name.partition(" ")
-        unknown = [axis for axis in axes.split(",") if axis not in AXES]
-        if kind not in KINDS or unknown:
+    budget = _read_budget(budget)
+    report = inspect(train_step, state, batch, slice_of=slice_of)
+    sent: dict[str, int] = {}
+    sources: dict[str, list[str]] = {}
+    unknown = set()
+    for one in report.collectives:
+        if math.prod(one.array.dims) == 1:
+            continue
+        name = f"{one.kind} {','.join(one.axes) or _NO_AXIS}"
+        sent[name] = sent.get(name, 0) + one.bytes_a_step
+        sources.setdefault(name, []).append(one.source or one.operation)
+        unknown |= {name} if one.times is None else set()
+    wrong = []
+    for name in sorted(set(sent) | set(budget)):
+        count, allowed = sent.get(name, 0), budget.get(name, 0)
+        places = ", ".join(dict.fromkeys(filter(None, sources.get(name, ()))))
+        if allowed and not count:
+            wrong.append(f"{name}: the budget allows {format_bytes(allowed)}, but the step sends none")
+        elif count > allowed:
+            allows = f"allows {allowed} bytes" if name in budget else "doesn't name it"
+            wrong.append(f"{name}: the step sends {count} bytes on each device, but the budget {allows}; at {places}")
+        elif name in unknown:
+            wrong.append(f"{name}: a loop whose trips XLA doesn't know sends {count} bytes each time; at {places}")
+    if wrong:
+        raise AssertionError(f"{report.strategy} doesn't keep to its collectives:\n  " + "\n  ".join(wrong))
+
+
+def _read_budget(budget: Any) -> dict[str, int]:
+    """The budget, its axes in the mesh's order."""
+    if not isinstance(budget, Mapping):
+        raise ValueError(f"The budget is {budget!r}; give a dict, as {{'all-reduce data': 2**20}}.")
+    read = {}
+    for name, count in budget.items():
+        kind, _, axes = str(name).partition(" ")
+        named = [] if axes == _NO_AXIS else [axis.strip() for axis in axes.split(",")]
+        if kind not in KINDS or not set(named) <= set(AXES):
             raise ValueError(
                 f"The budget has {name!r}; write a kind and axes, as 'all-reduce data' or 'all-gather fsdp,model'. "
                 f"Kinds are {', '.join(KINDS)}; axes are {', '.join(AXES)}."
             )
-    report = inspect(train_step, state, batch, slice_of=slice_of)
-    sent: dict[str, int] = {}
-    sources: dict[str, list[str]] = {}
-    for one in report.collectives:
-        if math.prod(one.array.dims) == 1:
-            continue
-        name = f"{one.kind} {','.join(one.axes)}"
-        sent[name] = sent.get(name, 0) + one.bytes_a_step
-        sources.setdefault(name, []).append(one.source or one.operation)
-    wrong = []
-    for name in sorted(set(sent) | set(budget)):
-        count, allowed = sent.get(name, 0), budget.get(name, 0)
-        if name in budget and not count:
-            wrong.append(f"{name}: the budget allows {format_bytes(allowed)}, but the step sends none")
-        elif count > allowed:
-            places = ", ".join(dict.fromkeys(filter(None, sources[name])))
-            allows = f"allows {allowed} bytes" if name in budget else "doesn't name it"
-            wrong.append(f"{name}: the step sends {count} bytes on each device, but the budget {allows}; at {places}")
-    if wrong:
-        raise AssertionError(f"{report.strategy} doesn't keep to its collectives:\n  " + "\n  ".join(wrong))
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+            raise ValueError(f"The budget has {count!r} for {name!r}; give a whole number of bytes, 0 for none.")
+        read[f"{kind} {','.join(sorted(named, key=AXES.index)) or _NO_AXIS}"] = int(count)
+    return read
 
 
 def assert_fits(train_step: Any, state: Any, batch: Any, *, hbm_fraction: float = 0.9) -> None:
@@ -84,8 +105,9 @@ def assert_fits(train_step: Any, state: Any, batch: Any, *, hbm_fraction: float 
     Raises:
       AssertionError: the message gives what it needs, what there is, and the largest leaves.
       ValueError: the mesh is of no target, or the fraction isn't one.
+      InspectionError, StateError, BatchError, AheadError: as `jaxpar.inspect`.
     """
-    if not 0 < hbm_fraction <= 1:
+    if isinstance(hbm_fraction, bool) or not isinstance(hbm_fraction, int | float) or not 0 < hbm_fraction <= 1:
         raise ValueError(f"hbm_fraction is {hbm_fraction!r}; give a part of the memory, more than 0 and up to 1.")
     report = inspect(train_step, state, batch)
     if report.hbm_bytes is None:

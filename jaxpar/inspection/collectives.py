@@ -70,7 +70,8 @@ def find_collectives(
     """Returns each collective of a program that runs on a mesh, one for each array that it moves.
 
     An all-reduce of which each device keeps its part alone, as XLA's TPU compiler fuses it, counts as the
-    reduce-scatter that it is. An asynchronous one that is split over several fusions counts once.
+    reduce-scatter that it is. An asynchronous one that is split over several fusions counts once. Of a conditional
+    every branch's count, though one runs.
 
     >>> from jaxpar.inspection.hlo import read_program
     >>> import jaxpar
@@ -123,10 +124,11 @@ def read_groups(text: str, count: int) -> np.ndarray:
     if match := _NAMED.search(text):
         return _read_named(match[1], match[2])
     if match := _LISTED.search(text):
-        return np.array(
-            [[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
-        )
-    return np.arange(count)[None]
+        listed = [[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
+        # Where they differ in size, the largest takes the longest.
+        largest = max(map(len, listed))
+        return np.array([group for group in listed if len(group) == largest])
+    return np.zeros((0, 2), int) if "source_target_pairs={}" in text else np.arange(count)[None]
 
 
 def _read_named(sizes: str, names: str) -> np.ndarray:
@@ -151,7 +153,7 @@ def axes_of_groups(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     ('fsdp', 'model')
     """
     places = np.array(np.unravel_index(groups, mesh.devices.shape))
-    varying = (places != places[:, :, :1]).any(axis=(1, 2))
+    varying = (places != places[:, :, :1]).any(axis=(1, 2)) if groups.size else np.zeros(len(places), bool)
     axes = tuple(axis for axis, varies in zip(mesh.axis_names, varying, strict=True) if varies)
     return axes if math.prod(mesh.shape[axis] for axis in axes) == groups.shape[1] else ()
 
@@ -178,7 +180,8 @@ def _read_one(
         other.attribute("custom_call_target") == "AsyncCollectiveStart" for other in computation
     )
     frames = program.trace(one)
-    for name in one.operands:
+    # The others of a ragged one are where it puts what comes, and how much.
+    for name in one.operands[:1] if kind.startswith("ragged") else one.operands:
         operand = computation.instructions.get(name)
         for array in operand.arrays if operand else ():
             yield Collective(

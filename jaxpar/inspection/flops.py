@@ -1,7 +1,7 @@
 """Floating-point operations of a step, counted in its jaxpr: matrix products and convolutions, loops by their trips."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ class Product(NamedTuple):
         """Operations for each byte that its inputs and output take: below a chip's own ratio, memory binds it."""
         _, m, k, n = self.shape
         size = np.dtype(self.dtype).itemsize
-        return 2 * m * k * n / ((m * k + k * n + m * n) * size)
+        return 2 * m * k * n / max((m * k + k * n + m * n) * size, 1)
 
 
 def count_products(jaxpr: Any) -> tuple[Product, ...]:
@@ -48,14 +48,55 @@ def count_products(jaxpr: Any) -> tuple[Product, ...]:
     return tuple(sorted(products, key=lambda one: -one.flops))
 
 
-def _visit(jaxpr: Any, times: int) -> Iterator[tuple[tuple[int, int, int, int], str, int]]:
-    for eqn in jaxpr.eqns:
+def live_equations(jaxpr: Any, needed: Sequence[bool] | None = None) -> list[tuple[Any, list[bool]]]:
+    """Returns the equations whose results are used, each with which of them are; XLA leaves out the others.
+
+    Args:
+      jaxpr: open, not closed.
+      needed: which of its outputs are used; by default all.
+    """
+    wanted = [True] * len(jaxpr.outvars) if needed is None else needed
+    used = {atom for atom, want in zip(jaxpr.outvars, wanted, strict=True) if want and not hasattr(atom, "val")}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        outs = [atom in used for atom in eqn.outvars]
+        if any(outs) or eqn.effects:
+            kept.append((eqn, outs))
+            used |= {atom for atom in eqn.invars if not hasattr(atom, "val")}
+    return kept[::-1]
+
+
+def needed_inside(eqn: Any, body: Any, outs: list[bool]) -> list[bool] | None:
+    """Returns which outputs of an equation's body are used, by those of its own; None for all, where they differ."""
+    if len(outs) != len(body.outvars):
+        return None
+    # What a loop carries is used by its next turn.
+    carried = [out.aval.shape == inner.aval.shape for out, inner in zip(eqn.outvars, body.outvars, strict=True)]
+    is_loop = eqn.primitive.name in ("scan", "while")
+    return [out or (is_loop and same) for out, same in zip(outs, carried, strict=True)]
+
+
+def inner_jaxprs(eqn: Any) -> Iterator[Any]:
+    """Yields the open jaxprs that an equation holds: a loop's body, a branch, what is jitted."""
+    for value in eqn.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            body = getattr(one, "jaxpr", one)
+            if hasattr(body, "eqns"):
+                yield body
+
+
+def _visit(
+    jaxpr: Any, times: int, needed: list[bool] | None = None
+) -> Iterator[tuple[tuple[int, int, int, int], str, int]]:
+    for eqn, outs in live_equations(jaxpr, needed):
         name = eqn.primitive.name
         if name == "dot_general":
             yield _product_shape(eqn), str(eqn.invars[0].aval.dtype), times
         elif name == "conv_general_dilated":
             yield _convolution_shape(eqn), str(eqn.invars[0].aval.dtype), times
-        inner = [body for value in eqn.params.values() for body in _bodies(value)]
+        elif name == "ragged_dot_general":
+            yield _ragged_shape(eqn), str(eqn.invars[0].aval.dtype), times
+        inner = list(inner_jaxprs(eqn))
         if name == "cond":
             # One branch runs: the costliest is what a device may have to do.
             branches = [list(_visit(body, times)) for body in inner]
@@ -64,7 +105,7 @@ def _visit(jaxpr: Any, times: int) -> Iterator[tuple[tuple[int, int, int, int], 
             )
             continue
         for body in inner:
-            yield from _visit(body, times * _repeats(eqn))
+            yield from _visit(body, times * _repeats(eqn), needed_inside(eqn, body, outs))
 
 
 def _repeats(eqn: Any) -> int:
@@ -79,13 +120,6 @@ def _repeats(eqn: Any) -> int:
     return 1
 
 
-def _bodies(value: Any) -> Iterator[Any]:
-    for one in value if isinstance(value, tuple | list) else (value,):
-        body = getattr(one, "jaxpr", one)
-        if hasattr(body, "eqns"):
-            yield body
-
-
 def _product_shape(eqn: Any) -> tuple[int, int, int, int]:
     (left, _), (left_batch, _) = eqn.params["dimension_numbers"]
     a, b = (atom.aval.shape for atom in eqn.invars)
@@ -97,4 +131,15 @@ def _convolution_shape(eqn: Any) -> tuple[int, int, int, int]:
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
     features = kernel[numbers.rhs_spec[0]]
-    return groups, math.prod(out) // out[numbers.out_spec[1]], math.prod(kernel) // features, features // groups
+    # Where the input is spread out, as for the gradient of a strided one, most of what the kernel meets is nothing.
+    met = math.prod(kernel) // features // math.prod(eqn.params["lhs_dilation"] or (1,))
+    return groups, math.prod(out) // out[numbers.out_spec[1]], met, features // groups
+
+
+def _ragged_shape(eqn: Any) -> tuple[int, int, int, int]:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracted, right), _ = numbers.dot_dimension_numbers
+    a, b = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    k = math.prod(a[dim] for dim in contracted)
+    apart = math.prod(b[dim] for dim in (*right, *numbers.rhs_group_dimensions))
+    return 1, math.prod(a) // (k or 1), k, math.prod(b) // (apart or 1)

@@ -6,8 +6,10 @@ first: the gradients of query, key and value meet in one all-reduce.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from jaxpar.inspection.flops import inner_jaxprs, live_equations, needed_inside
 
 _SAME_DIMS = ("convert_element_type", "copy", "sharding_constraint", "optimization_barrier", "neg", "reduce_precision")
 _LINEAR = (*_SAME_DIMS, "reshape", "transpose", "squeeze", "broadcast_in_dim")
@@ -61,11 +63,16 @@ def _settle(atom: Any, value: _Value, times: int, shards: dict[str, int], found:
 
 
 def _visit(
-    jaxpr: Any, values: list[_Value], times: int, shards: dict[str, int], found: list[tuple[int, int]]
+    jaxpr: Any,
+    values: list[_Value],
+    times: int,
+    shards: dict[str, int],
+    found: list[tuple[int, int]],
+    needed: list[bool] | None = None,
 ) -> list[_Value]:
     known = dict(zip(jaxpr.invars, values, strict=True))
     of = lambda atom: _Value() if hasattr(atom, "val") else known.get(atom, _Value())
-    for eqn in _live(jaxpr):
+    for eqn, outs_needed in live_equations(jaxpr, needed):
         name, inputs = eqn.primitive.name, [of(atom) for atom in eqn.invars]
         if name in _SUMS and all(value.sends for value in inputs):
             known[eqn.outvars[0]] = _Value(sends=2, width=min(value.width for value in inputs))
@@ -80,9 +87,9 @@ def _visit(
                 # Summed once, for all who use it.
                 known[atom] = value._replace(sends=0)
         inputs = [value._replace(sends=0) for value in inputs]
-        bodies = list(_bodies(eqn))
+        bodies = list(inner_jaxprs(eqn))
         if len(bodies) == 1 and len(bodies[0].invars) == len(inputs):
-            outs = _visit_body(eqn, bodies[0], inputs, times, shards, found)
+            outs = _visit_body(eqn, bodies[0], inputs, times, shards, found, outs_needed)
             known |= zip(eqn.outvars, outs, strict=False)
         elif sends := _sends(eqn, inputs):
             known[eqn.outvars[0]] = _Value(sends=sends, width=eqn.outvars[0].aval.dtype.itemsize)
@@ -90,7 +97,13 @@ def _visit(
 
 
 def _visit_body(
-    eqn: Any, body: Any, inputs: list[_Value], times: int, shards: dict[str, int], found: list[tuple[int, int]]
+    eqn: Any,
+    body: Any,
+    inputs: list[_Value],
+    times: int,
+    shards: dict[str, int],
+    found: list[tuple[int, int]],
+    outs_needed: list[bool],
 ) -> list[_Value]:
     name = eqn.primitive.name
     if name == "shard_map":
@@ -104,22 +117,12 @@ def _visit_body(
             value if atom.aval.shape == inner.aval.shape else _Value(frozenset(dim - 1 for dim in value.split if dim))
             for value, atom, inner in pairs
         ]
-    outs = _visit(body, inputs, times, shards, found)
+    outs = _visit(body, inputs, times, shards, found, needed_inside(eqn, body, outs_needed))
     if name in ("scan", "while", "cond"):
         for atom, value in zip(body.outvars, outs, strict=True):
             _settle(atom, value, times, shards, found)
         return [_Value() for _ in outs]
     return outs
-
-
-def _live(jaxpr: Any) -> list[Any]:
-    """The equations whose results are used: XLA leaves out the others, as rematerialised ones that nobody needs."""
-    needed, kept = {atom for atom in jaxpr.outvars if not hasattr(atom, "val")}, []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or any(atom in needed for atom in eqn.outvars):
-            kept.append(eqn)
-            needed |= {atom for atom in eqn.invars if not hasattr(atom, "val")}
-    return kept[::-1]
 
 
 def _sends(eqn: Any, inputs: list[_Value]) -> int:
@@ -144,11 +147,3 @@ def _moved(eqn: Any, split: frozenset[int]) -> frozenset[int]:
     # A dim that is merged with those after it leads what they become.
     starts = {math.prod(after[:dim]): dim for dim in reversed(range(len(after)))}
     return frozenset(starts[place] for dim in split if (place := math.prod(before[:dim])) in starts)
-
-
-def _bodies(eqn: Any) -> Iterator[Any]:
-    for value in eqn.params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            body = getattr(one, "jaxpr", one)
-            if hasattr(body, "eqns"):
-                yield body

@@ -215,7 +215,9 @@ def inspect(
       slice_of: tells which slice a device is on; by default what JAX knows of it.
 
     Raises:
-      InspectionError: `train_step` is no step.
+      InspectionError: `train_step` is no step, or `slice_of` no function.
+      AheadError: the compile for a target fails, aborts or takes too long.
+      TargetError: what it needs isn't installed.
       StateError, BatchError: the state or the batch doesn't fit the step.
 
     >>> import jaxpar, optax
@@ -233,6 +235,8 @@ def inspect(
             f"train_step is a {type(train_step).__name__}; inspect takes what make_train_step, make_eval_step or "
             "strategy.compile returns."
         )
+    if slice_of is not None and not callable(slice_of):
+        raise InspectionError(f"slice_of is {slice_of!r}; give a function, as lambda device: device.process_index.")
     strategy, mesh = step.strategy, step.strategy.mesh
     jaxpr = step.trace(state, batch)
     program = _compile(step, state, batch)
