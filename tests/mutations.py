@@ -18,6 +18,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONTRACTS, COMPILED = "tests/test_contracts.py::test_", "tests/test_compiled.py::test_"
 RANDOMNESS, EQUIVALENCE = "tests/test_randomness.py::test_", "tests/test_equivalence.py::test_"
+INSPECTION = "tests/test_inspection.py::test_"
 CELL = EQUIVALENCE + "every_strategy_trains_like_one_device"
 OWN_CELL = EQUIVALENCE + "shards_and_microbatches_together_train_like_one_device"
 PADDING = CONTRACTS + "padding_counts_for_nothing"
