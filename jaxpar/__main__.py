@@ -69,7 +69,8 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     _add_target(inspect)
     _add_model(inspect)
-    inspect.set_defaults(run=_inspect)
+    # The optimizer's own numbers change nothing that is counted.
+    inspect.set_defaults(run=_inspect, learning_rate=1e-3, steps=1)
     doctor = commands.add_parser("doctor", help="say what JAX sees here, and what its settings cost")
     doctor.set_defaults(run=_doctor)
     for each in (parser, train, inspect, doctor):
@@ -87,10 +88,14 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         help=f"sizes of mesh axes, of {', '.join(_AXES)}; one may be -1. If not given, all devices lie on data",
     )
     either.add_argument("--pmap", action="store_true", help="data parallel over all devices, with jax.pmap")
-    size = whole_number(1, _MAX_SIZE)
     group.add_argument(
         "--fake-devices", type=whole_number(1, _MAX_FAKE_DEVICES), metavar="N", help="run on N CPU devices, made up"
     )
+    _add_parts(group)
+
+
+def _add_parts(group: argparse._ArgumentGroup) -> None:
+    size = whole_number(1, _MAX_SIZE)
     group.add_argument("--microbatches", type=size, default=1, metavar="N", help="parts of a batch, in turn")
     group.add_argument(
         "--stage-microbatches",
@@ -110,9 +115,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fake-devices", type=whole_number(1, _MAX_FAKE_DEVICES), metavar="N", help="compile for N CPU devices"
     )
-    group.add_argument("--microbatches", type=size, default=1, metavar="N", help="parts of a batch, in turn")
-    group.add_argument("--stage-microbatches", type=size, metavar="N", help="as for jaxpar train")
-    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    _add_parts(group)
     group.add_argument("--batch-size", type=size, default=32, metavar="N", help="rows of the demo's batch")
     group.add_argument("--seq-len", type=size, default=64, metavar="N", help="bytes in a row of it")
     group.add_argument("--json", action="store_true", help="print plain data")

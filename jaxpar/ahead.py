@@ -32,22 +32,22 @@ class AheadError(RuntimeError):
     """A compile for a target that failed or took too long: the message gives the compiler's own reason."""
 
 
-class AheadProgram(NamedTuple):
-    """A step compiled for a target, up to its schedule.
+class CompiledProgram(NamedTuple):
+    """What a compiled step is, and what it takes on a device.
 
     Attributes:
       text: the program's text.
       argument_bytes: what the step is given, on a device, as it lies there.
       output_bytes: what it gives that takes no argument's place.
-      temp_bytes: what else lives while it runs; the machine code that comes after adds less than 0.1 GiB to it.
-      hbm_bytes: what a device has.
+      temp_bytes: what else lives while it runs; on a target without what machine code adds, less than 0.1 GiB.
+      hbm_bytes: what a device of a target has; None where the devices are here.
     """
 
     text: str
     argument_bytes: int
     output_bytes: int
     temp_bytes: int
-    hbm_bytes: int
+    hbm_bytes: int | None
 
     @property
     def peak_bytes(self) -> int:
@@ -55,14 +55,14 @@ class AheadProgram(NamedTuple):
         return self.argument_bytes + self.output_bytes + self.temp_bytes
 
 
-def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds: float = _SECONDS) -> AheadProgram:
+def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds: float = _SECONDS) -> CompiledProgram:
     """Returns the program of a step for the target that its mesh is of; nothing is allocated.
 
     Args:
       step: the step.
       state: from `strategy.abstract_state`.
       batch: the raw global batch, arrays or shapes.
-      target: what `jaxpar.targets.target_of(mesh)` gives.
+      target: what `jaxpar.targets.target_of` gives for its devices.
       seconds: how long it may take.
 
     Raises:
@@ -96,7 +96,7 @@ def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(folder: pathlib.Path, target: Target, seconds: float) -> AheadProgram:
+def _run(folder: pathlib.Path, target: Target, seconds: float) -> CompiledProgram:
     flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*jit_call.*"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
@@ -133,7 +133,7 @@ def _find_report(folder: pathlib.Path) -> pathlib.Path | None:
     return found if found and "Total bytes" in found.read_text() else None
 
 
-def _read(report: pathlib.Path, target: Target) -> AheadProgram:
+def _read(report: pathlib.Path, target: Target) -> CompiledProgram:
     stem = str(report).removesuffix("-memory-usage-report.txt")
     text = pathlib.Path(f"{stem}-buffer-assignment.txt").read_text()
     given = made = temp = 0
@@ -145,7 +145,7 @@ def _read(report: pathlib.Path, target: Target) -> AheadProgram:
         elif kind == "preallocated-temp":
             # Those of a color are on the chip itself.
             temp += int(size)
-    return AheadProgram(pathlib.Path(f"{stem}.txt").read_text(), given, made, temp, CHIPS[target.chip].hbm_bytes)
+    return CompiledProgram(pathlib.Path(f"{stem}.txt").read_text(), given, made, temp, CHIPS[target.chip].hbm_bytes)
 
 
 def _last_lines(log: pathlib.Path) -> str:

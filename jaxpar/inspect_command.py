@@ -107,6 +107,5 @@ def _load(name: str) -> types.ModuleType:
 def _demo(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
     """The model of `jaxpar train`, with the sizes that the options give."""
     rows = {key: jax.ShapeDtypeStruct((options.batch_size, options.seq_len), "uint8") for key in ("x", "y")}
-    options.learning_rate, options.steps = 1e-3, 1000
     init_fn = train_command.make_init_fn(options, train_command.read_sizes(options), mesh)
     return types.SimpleNamespace(init_fn=init_fn, loss_fn=train_command.loss_fn, batch=rows)

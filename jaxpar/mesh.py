@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jaxpar.targets import read_target, target_devices
+from jaxpar.targets import read_target, target_devices, target_of
 
 AXES = ("data", "fsdp", "stage", "expert", "context", "model")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -303,7 +303,7 @@ def _lay_slices(
         tuple(slices if name == axis else 1 for name in shape),
         devices=list(devices),
         process_is_granule=by_process,
-        allow_split_physical_axes=True,
+        allow_split_physical_axes=target_of(devices[0]) is not None,
     )
 
 

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxpar.inspection.collectives import Collective
 from jaxpar.layout import LayoutRow
 from jaxpar.mesh import BATCH_AXES
+from jaxpar.partition import axes_of
 
 # An expert's weights stay where they are, and its tokens come to them.
 _STAYS = ("expert",)
@@ -129,19 +130,13 @@ def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
 def _shard(row: LayoutRow, mesh: Mesh, gathered: tuple[str, ...]) -> tuple[int, ...]:
     """What a device has of a leaf that is whole over the `gathered` axes."""
     return tuple(
-        size // math.prod(mesh.shape[axis] for axis in _entry(row.spec, dim) if axis not in gathered)
+        size // math.prod(mesh.shape[axis] for axis in axes_of(row.spec[dim : dim + 1]) if axis not in gathered)
         for dim, size in enumerate(row.shape)
     )
 
 
-def _entry(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
-    entry = spec[dim] if dim < len(spec) else None
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _split_over(row: LayoutRow, axes: tuple[str, ...]) -> tuple[str, ...]:
-    split = {axis for dim in range(len(row.shape)) for axis in _entry(row.spec, dim)}
-    return tuple(axis for axis in axes if axis in split)
+    return tuple(axis for axis in axes if axis in axes_of(row.spec))
 
 
 def _logical_bytes(one: Collective, params: list[LayoutRow], mesh: Mesh, terms: Terms) -> int:

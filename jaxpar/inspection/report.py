@@ -3,12 +3,12 @@
 import dataclasses
 import io
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxpar.ahead import compile_ahead
+from jaxpar.ahead import CompiledProgram, compile_ahead
 from jaxpar.evaluation import EvalStep
 from jaxpar.inspection.bounds import Terms, Traffic, sort_traffic
 from jaxpar.inspection.collectives import Collective, find_collectives
@@ -16,7 +16,7 @@ from jaxpar.inspection.flops import Product, count_products
 from jaxpar.inspection.hlo import read_program
 from jaxpar.inspection.partials import count_partial_sums
 from jaxpar.layout import LayoutRow, format_bytes
-from jaxpar.mesh import BATCH_AXES
+from jaxpar.mesh import BATCH_AXES, count_shards
 from jaxpar.partition import axes_of
 from jaxpar.state import TrainState
 from jaxpar.step import Step
@@ -262,10 +262,15 @@ def inspect(
         mesh,
         size("params/"),
         size("opt_state/"),
-        sum(_whole_bytes(row, mesh) for row in rows if row.path.startswith(("params/", "opt_state/"))) // mesh.size,
+        sum(
+            row.bytes_per_device * count_shards(mesh, axes_of(row.spec))
+            for row in rows
+            if row.path.startswith(("params/", "opt_state/"))
+        )
+        // mesh.size,
         program.argument_bytes,
         program.temp_bytes,
-        program.argument_bytes + program.output_bytes + program.temp_bytes,
+        program.peak_bytes,
         program.hbm_bytes,
         tuple(rows),
         collectives,
@@ -274,24 +279,14 @@ def inspect(
     )
 
 
-class _Program(NamedTuple):
-    """As `jaxpar.ahead.AheadProgram`, of devices that are here."""
-
-    text: str
-    argument_bytes: int
-    output_bytes: int
-    temp_bytes: int
-    hbm_bytes: int | None
-
-
-def _compile(step: Step, state: Any, batch: Any) -> Any:
+def _compile(step: Step, state: Any, batch: Any) -> CompiledProgram:
     target = target_of(step.strategy.mesh.devices.flat[0])
     if target is not None:
         return compile_ahead(step, state, batch, target)
     compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return _Program(compiled.as_text(), memory.argument_size_in_bytes, made, memory.temp_size_in_bytes, None)
+    return CompiledProgram(compiled.as_text(), memory.argument_size_in_bytes, made, memory.temp_size_in_bytes, None)
 
 
 def _partial_sums(jaxpr: Any, state: Any, rows: list[LayoutRow], mesh: Mesh) -> dict[str, int]:
@@ -302,21 +297,10 @@ def _partial_sums(jaxpr: Any, state: Any, rows: list[LayoutRow], mesh: Mesh) -> 
     weights = [row.spec if row.path.startswith("params/") else PartitionSpec() for row in rows]
     found = {}
     for axis in {axis for spec in weights for axis in axes_of(spec)} & {"model"}:
-        split = [
-            frozenset(dim for dim, entry in enumerate(spec) if axis in axes_of(PartitionSpec(entry)))
-            for spec in weights
-        ]
+        split = [frozenset(dim for dim in range(len(spec)) if axis in axes_of(spec[dim : dim + 1])) for spec in weights]
         rest = [frozenset()] * (len(jaxpr.jaxpr.invars) - len(split))
         found[axis] = count_partial_sums(jaxpr, split + rest, shards, mesh.shape[axis])
     return found
-
-
-def _whole_bytes(row: LayoutRow, mesh: Mesh) -> int:
-    shard = jax.NamedSharding(mesh, row.spec).shard_shape(row.shape)
-    parts = 1
-    for whole, part in zip(row.shape, shard, strict=True):
-        parts *= whole // part if part else 1
-    return row.bytes_per_device * parts
 
 
 def _describe(one: Collective) -> str:
