@@ -4,7 +4,7 @@ B rows, T bytes, C features, H heads, K key/value heads, D head size.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from flax import nnx
 from jaxpar.pipeline import pipeline
 
 VOCAB = 256
+# What of each layer the backward pass finds kept: all; nothing but its input; the products of activations and weights.
+REMATS = {"none": None, "full": jax.checkpoint_policies.nothing_saveable}
+REMATS |= {"dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
 # What mixtures of experts add to the loss, as their papers do: see jaxpar.MoELosses.
 BALANCE, ROUTER_Z = 0.01, 0.001
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -28,6 +31,8 @@ class Sizes(NamedTuple):
       heads: query heads; they divide `d_model` into heads of even size.
       kv_heads: key/value heads, each shared by `heads // kv_heads` query heads.
       hidden: the features inside each MLP.
+      vocab: how many tokens there are: bytes, by default.
+      head_dim: the features of one head, an even number; by default `d_model // heads`.
     """
 
     d_model: int
@@ -35,11 +40,13 @@ class Sizes(NamedTuple):
     heads: int
     kv_heads: int
     hidden: int
+    vocab: int = VOCAB
+    head_dim: int | None = None
 
     @property
     def head_size(self) -> int:
         """The features of one head."""
-        return self.d_model // self.heads
+        return self.head_dim or self.d_model // self.heads
 
 
 def attend_causally(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array) -> jax.Array:
@@ -134,12 +141,15 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A decoder-only transformer over bytes; its head is the embedding again.
+    """A decoder-only transformer over bytes, or over the tokens of another vocabulary.
 
     Args:
       sizes: how large it is.
       attend: `attend(q_BTHD, k_BTKD, v_BTKD)`, any causal attention.
       make_mlp: `make_mlp(d_model, hidden, rngs=rngs)`, the MLP of each layer, or a `jaxpar.MoE`.
+      make_block: `make_block(sizes, attend=attend, make_mlp=make_mlp, rngs=rngs)`, a layer.
+      is_tied: whether the head is the embedding again.
+      remat: what the backward pass computes anew, of `REMATS`.
       stage_microbatches: into how many parts to cut the rows where the layers are split over stages.
       rngs: for the parameters.
 
@@ -154,24 +164,34 @@ class Transformer(nnx.Module):
         *,
         attend: Attend = attend_causally,
         make_mlp: MakeMLP = SwiGLU,
+        make_block: Callable[..., nnx.Module] = Block,
+        is_tied: bool = True,
+        remat: str = "none",
         stage_microbatches: int = 1,
         rngs: nnx.Rngs,
     ):
-        self.embed = nnx.Embed(VOCAB, sizes.d_model, rngs=rngs)
+        self.embed = nnx.Embed(sizes.vocab, sizes.d_model, rngs=rngs)
         # nnx.Embed alone would turn its table back into the dtype in which it was made.
         self.embed.dtype = None
-        make_block = nnx.vmap(lambda rngs: Block(sizes, attend=attend, make_mlp=make_mlp, rngs=rngs))
-        self.blocks = nnx.split_rngs(splits=sizes.layers)(make_block)(rngs)
+        make_blocks = nnx.vmap(lambda rngs: make_block(sizes, attend=attend, make_mlp=make_mlp, rngs=rngs))
+        self.blocks = nnx.split_rngs(splits=sizes.layers)(make_blocks)(rngs)
         self.norm = nnx.RMSNorm(sizes.d_model, rngs=rngs)
-        self.stage_microbatches = stage_microbatches
+        self.head = None if is_tied else nnx.Linear(sizes.d_model, sizes.vocab, use_bias=False, rngs=rngs)
+        self.remat, self.stage_microbatches = remat, stage_microbatches
 
     def __call__(self, bytes_BT: jax.Array) -> jax.Array:
-        """Returns the logits of the byte after each, B T 256, in float32."""
+        """Returns the logits of the token after each, B T vocab, in float32."""
         return self.predict(bytes_BT)[0]
 
     def predict(self, bytes_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the logits, and what mixtures of experts add to each row's loss: 0 without any."""
         x_BTC = self.embed(bytes_BT.astype(jnp.int32))
         features = Features(x_BTC, jnp.zeros(x_BTC.shape[0], jnp.float32))
-        x_BTC, penalty_B = pipeline(self.blocks, features, stage_microbatches=self.stage_microbatches)
-        return self.embed.attend(self.norm(x_BTC)).astype(jnp.float32), penalty_B
+        run = _run_block if self.remat == "none" else nnx.remat(_run_block, policy=REMATS[self.remat])
+        x_BTC, penalty_B = pipeline((run, self.blocks), features, stage_microbatches=self.stage_microbatches)
+        head = self.embed.attend if self.head is None else self.head
+        return head(self.norm(x_BTC)).astype(jnp.float32), penalty_B
+
+
+def _run_block(block: Any, features: Features) -> Features:
+    return block(features)

@@ -158,6 +158,48 @@ def axes_of_groups(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     return axes if math.prod(mesh.shape[axis] for axis in axes) == groups.shape[1] else ()
 
 
+class Transfer(NamedTuple):
+    """A part of a collective between slices, which the hosts do: a `send` and a `recv` of one name.
+
+    Attributes:
+      name: what the two have in common.
+      kind: as XLA calls the collective.
+      slices: how many take part.
+      axes: the mesh axes along which the slices lie.
+      groups: the devices that take part together.
+    """
+
+    name: str
+    kind: str
+    slices: int
+    axes: tuple[str, ...]
+    groups: np.ndarray
+
+
+def read_transfer(one: Instruction, mesh: Mesh) -> Transfer | None:
+    """Returns what a `send` or `recv`, or its end, is a part of; None if hosts do nothing for it."""
+    name = re.search(r'host_transfer_rendezvous="([^"]*)"', one.text)
+    kind = re.search(r'megascale_transfer_type="([^"]*)"', one.text)
+    target = re.search(r'megascale_target="([^"]*)"', one.text)
+    if not name or not kind or not target:
+        return None
+    # Slices, counted from 1, and the devices of each that take part: {1,2}x{0:63}, or pairs of slices for a permute.
+    listed = re.findall(r"\{([\d,]+)\}", target[1])
+    chosen = sorted({int(number) for group in listed[:1] for number in group.split(",")}) or [1]
+    slices = len(np.unique([_slice_index(device, None) for device in mesh.devices.flat]))
+    inside = mesh.size // slices
+    groups = np.array([[(number - 1) * inside + place for number in chosen] for place in range(inside)])
+    named = {"ONE_TO_ONE": "collective-permute"}.get(kind[1], kind[1].lower().replace("_", "-"))
+    return Transfer(name[1], named, len(chosen), axes_of_groups(groups, mesh), groups)
+
+
+def axes_of_moves(pairs: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """Returns the mesh axes along which a permute moves what devices have, by its pairs of source and target."""
+    places = np.array(np.unravel_index(pairs, mesh.devices.shape))
+    moves = (places[:, :, 0] != places[:, :, 1]).any(axis=1)
+    return tuple(axis for axis, moved in zip(mesh.axis_names, moves, strict=True) if moved)
+
+
 def _read_one(
     program: Program,
     computation: Computation,
@@ -170,9 +212,7 @@ def _read_one(
 ) -> Iterator[Collective]:
     size, axes = groups.shape[1], axes_of_groups(groups, mesh)
     if kind == "collective-permute":
-        places = np.array(np.unravel_index(groups, mesh.devices.shape))
-        moves = (places[:, :, 0] != places[:, :, 1]).any(axis=1)
-        axes = tuple(axis for axis, moved in zip(mesh.axis_names, moves, strict=True) if moved)
+        axes = axes_of_moves(groups, mesh)
         size = math.prod(mesh.shape[axis] for axis in axes)
     if kind == "all-reduce" and "reduce-scatter" in computation.name.replace("_", "-"):
         kind = "reduce-scatter"

@@ -4,6 +4,7 @@ Reads the optimized HLO of XLA's CPU, GPU and TPU compilers, jax 0.10 to 0.12.
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import re
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
@@ -43,6 +44,32 @@ class Array(NamedTuple):
         return max(_bits(self.dtype) // 8, 1)
 
 
+class Place(NamedTuple):
+    """How an array lies in memory.
+
+    Attributes:
+      order: its dims, the one that lies closest together first; empty where the text doesn't say.
+      tile: the sizes that its last dims in that order are rounded up to, outermost first.
+      space: which memory: 0 is the large one, HBM, others are on the chip.
+    """
+
+    order: tuple[int, ...] = ()
+    tile: tuple[int, ...] = ()
+    space: int = 0
+
+    def bytes(self, array: Array) -> int:
+        """Returns how many bytes an array takes here, with what rounding up to tiles adds.
+
+        >>> Place((1, 0), (8, 128)).bytes(Array("f32", (9, 20))) == 16 * 128 * 4
+        True
+        """
+        dims = [array.dims[dim] for dim in self.order]
+        for number, size in enumerate(reversed(self.tile)):
+            if number < len(dims):
+                dims[number] = -(-dims[number] // size) * size
+        return Array(array.dtype, tuple(dims)).bytes if self.order else array.bytes
+
+
 class Instruction(NamedTuple):
     """One line of a computation.
 
@@ -52,6 +79,7 @@ class Instruction(NamedTuple):
       arrays: what it gives, a tuple's leaves in order.
       operands: the names of its inputs.
       text: all that stands after the opcode: operands, attributes, metadata.
+      places: where each array of `arrays` lies.
     """
 
     name: str
@@ -59,6 +87,7 @@ class Instruction(NamedTuple):
     arrays: tuple[Array, ...]
     operands: tuple[str, ...]
     text: str
+    places: tuple[Place, ...] = ()
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -135,7 +164,7 @@ class Program(NamedTuple):
             before = counts.get(name, 0)
             counts[name] = None if before is None or times is None else before + times
             for instruction in self.computations[name]:
-                trips = _loop_trips(self, self.computations[name], instruction) if instruction.opcode == "while" else 1
+                trips = loop_trips(self, self.computations[name], instruction) if instruction.opcode == "while" else 1
                 for called in instruction.called:
                     if called in self.computations:
                         visit(called, None if times is None or trips is None else times * trips)
@@ -185,12 +214,20 @@ def read_program(text: str) -> Program:
 
 def _read_instruction(parsed: re.Match[str]) -> Instruction:
     _, name, shape, opcode, rest = parsed.groups()
+    found = _ARRAY.findall(shape)
     arrays = tuple(
-        Array(dtype, tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim))
-        for dtype, dims in _ARRAY.findall(shape)
+        Array(dtype, tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim)) for dtype, dims, *_ in found
     )
     inside = rest.split(")", 1)[0] if opcode in ("constant", "parameter") else rest.split("), ", 1)[0]
-    return Instruction(name, opcode, arrays, tuple(re.findall(r"%([\w.\-]+)", inside)), rest)
+    places = tuple(_read_place(order, layout) for _, _, order, layout in found)
+    return Instruction(name, opcode, arrays, tuple(re.findall(r"%([\w.\-]+)", inside)), rest, places)
+
+
+@functools.cache
+def _read_place(order: str, layout: str) -> Place:
+    tile, space = re.match(r"T\(([\d,]+)\)", layout), re.search(r"S\((\d+)\)", layout)
+    numbers = lambda text: tuple(int(number) for number in text.split(",") if number)
+    return Place(numbers(order), numbers(tile[1]) if tile else (), int(space[1]) if space else 0)
 
 
 def _read_frames(tables: dict[str, dict[int, str]]) -> dict[int, tuple[Frame, int]]:
@@ -219,8 +256,8 @@ def _bits(dtype: str) -> int:
     return int(digits[0]) if digits else 0
 
 
-def _loop_trips(program: Program, caller: Computation, loop: Instruction) -> int | None:
-    """How often a loop's body runs: what XLA says, or what its counter does; None where neither tells.
+def loop_trips(program: Program, caller: Computation, loop: Instruction) -> int | None:
+    """Returns how often a loop's body runs: what XLA says, or what its counter does; None where neither tells.
 
     XLA on TPU says nothing. Its windowed products count by two and more: the step is read, not only the bound.
     """

@@ -1,0 +1,151 @@
+"""How long a collective takes on the links of its own axis: rings, lines and split dims of a torus, and the network.
+
+W is what a link carries one way. On a ring of n chips each gathers what n-1 others have by both of its links: B (n-1)/n
+bytes at 2 W. On a line the chip at its end has one: W. Axes that fill several dims of the torus use all of their links at
+once. An all-reduce is a reduce-scatter and a gather; an all-to-all sends a fourth of a gather's bytes over a ring's
+busiest link (https://jax-ml.github.io/scaling-book/sharding).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpar.estimation.chips import Rates
+
+NETWORK = "network"
+
+
+class Torus(NamedTuple):
+    """Where the devices of a program are.
+
+    Attributes:
+      shape: the slice's, by chips.
+      places: each device's coordinates, by its number in the program: (devices, dims).
+      slices: the slice that each is on.
+      rates: what its links carry.
+    """
+
+    shape: tuple[int, ...]
+    places: np.ndarray
+    slices: np.ndarray
+    rates: Rates
+
+    def is_ring(self, dim: int) -> bool:
+        """Whether a dim's last chip is wired to its first.
+
+        Flat slices are where a dim has all of a pod's 16; cubes are from 4 x 4 x 4 on.
+        """
+        size, at = self.shape[dim], self.rates.wraps_at
+        return size == at if len(self.shape) == 2 else size % at == 0 and math.prod(self.shape) >= at**3
+
+
+class Use(NamedTuple):
+    """How long a collective keeps which links: `x+` is those of dim x one way, `network` those between slices."""
+
+    seconds: float
+    links: frozenset[str]
+
+
+def time_collective(torus: Torus, kind: str, groups: np.ndarray, count: int) -> Use:
+    """Returns how long a collective takes, and which links it keeps.
+
+    Args:
+      torus: where the devices are.
+      kind: as XLA calls it.
+      groups: the devices that take part together, a row for each group, or pairs for a permute.
+      count: the bytes that each puts in.
+
+    >>> from jaxpar.estimation.chips import rates_of
+    >>> places = np.array(list(np.ndindex(16, 16)))
+    >>> torus = Torus((16, 16), places, np.zeros(256, int), rates_of("v5e"))
+    >>> round(1e3 * time_collective(torus, "all-gather", np.arange(256)[None], 2**20).seconds, 2)
+    1.5
+    """
+    if groups.size == 0 or groups.shape[1] < 2:
+        return Use(0.0, frozenset())
+    if kind == "collective-permute":
+        return _time_permute(torus, groups, count)
+    group = groups[0]
+    here = group[torus.slices[group] == torus.slices[group[0]]]
+    parts, slices = len(here), len(np.unique(torus.slices[group]))
+    inside = _time_ring(torus, kind, here, count) if parts > 1 else Use(0.0, frozenset())
+    if slices == 1:
+        return inside
+    # Each chip sends the part of its slice's result that it holds.
+    across = time_network(torus.rates, kind, slices, count * (1 if kind == "all-gather" else 1 / parts))
+    return Use(inside.seconds + across.seconds, inside.links | across.links)
+
+
+def time_network(rates: Rates, kind: str, slices: int, count: float) -> Use:
+    """Returns how long slices take to exchange `count` bytes of each chip over the network."""
+    factor = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1, "collective-permute": 1}
+    return Use(factor.get(kind, (slices - 1) / slices) * count / rates.network, frozenset({NETWORK}))
+
+
+def _time_ring(torus: Torus, kind: str, group: np.ndarray, count: int) -> Use:
+    lanes = _lanes_of(torus, group)
+    size, hops = len(group), sum(lane.size if not lane.is_ring else lane.size // 2 for lane in lanes)
+    links = frozenset(f"{'xyz'[lane.dim]}{way}" for lane in lanes for way in "+-")
+    if "all-to-all" in kind:
+        seconds = max(lane.size * count / (4 * lane.rate) for lane in lanes)
+    else:
+        whole = count * size if kind == "all-gather" else count
+        seconds = whole * (size - 1) / size / sum(lane.rate for lane in lanes)
+    steps = 2 if kind == "all-reduce" else 1
+    return Use(steps * (seconds + hops * torus.rates.hop_seconds), links)
+
+
+class _Lane(NamedTuple):
+    """A dim of the torus as a group uses it: how many of its chips, and what they carry together a second."""
+
+    dim: int
+    size: int
+    rate: float
+    is_ring: bool
+
+
+def _lanes_of(torus: Torus, group: np.ndarray) -> list[_Lane]:
+    places = torus.places[group]
+    lanes = []
+    for dim, size in enumerate(torus.shape):
+        used = np.unique(places[:, dim])
+        if len(used) == 1:
+            continue
+        # Where a group takes every second chip, the others' traffic passes over the same links.
+        stride = int(np.diff(used).min())
+        is_ring = len(used) * stride == size and torus.is_ring(dim)
+        lanes.append(_Lane(dim, len(used), torus.rates.link * (2 if is_ring else 1) / stride, is_ring))
+    return lanes
+
+
+@functools.lru_cache(256)
+def _hops_of(shape: tuple[int, ...], rings: tuple[bool, ...], moves: bytes) -> tuple[dict[str, float], int]:
+    """How many parts pass over the busiest link of each dim and way, were they even; and the longest path in hops."""
+    moved = np.frombuffer(moves, np.int64).reshape(-1, len(shape))
+    loads, longest = {}, np.zeros(len(moved), int)
+    for dim, size in enumerate(shape):
+        steps = moved[:, dim]
+        if rings[dim]:
+            steps = (steps + size // 2) % size - size // 2
+        longest += np.abs(steps)
+        links = math.prod(shape) // size * (size if rings[dim] else size - 1)
+        for way, hops in (("+", steps[steps > 0].sum()), ("-", -steps[steps < 0].sum())):
+            if hops:
+                loads[f"{'xyz'[dim]}{way}"] = max(1.0, hops / links)
+    return loads, int(longest.max())
+
+
+def _time_permute(torus: Torus, pairs: np.ndarray, count: int) -> Use:
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    if not len(pairs):
+        return Use(0.0, frozenset())
+    crosses = torus.slices[pairs[:, 0]] != torus.slices[pairs[:, 1]]
+    if crosses.any():
+        return time_network(torus.rates, "collective-permute", 2, count)
+    pairs = pairs[torus.slices[pairs[:, 0]] == torus.slices[pairs[0, 0]]]
+    moves = (torus.places[pairs[:, 1]] - torus.places[pairs[:, 0]]).astype(np.int64)
+    rings = tuple(map(torus.is_ring, range(len(torus.shape))))
+    loads, hops = _hops_of(torus.shape, rings, moves.tobytes())
+    return Use(max(loads.values()) * count / torus.rates.link + hops * torus.rates.hop_seconds, frozenset(loads))

@@ -1,0 +1,247 @@
+"""The walk over a compiled program's schedule that tells how long a step takes, and what it waits for.
+
+Instructions run one after the other, as XLA scheduled them; each for as long as its operations or its bytes take,
+whichever is longer (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785). A collective keeps the links of its
+own axis. One that starts and ends apart goes on beside what stands between, after those that wait for the same links;
+so do copies to and from the chip, with the memory's bandwidth that others leave. A loop runs its body as often as it
+says; of a conditional the longest branch counts.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxpar.estimation.costs import work_of
+from jaxpar.estimation.links import NETWORK, Torus, Use, time_collective, time_network
+from jaxpar.inspection.collectives import KINDS, axes_of_groups, axes_of_moves, read_groups, read_transfer
+from jaxpar.inspection.hlo import Computation, Instruction, Program, loop_trips
+
+_COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
+MATH, MEMORY, KERNEL = "math", "memory", "kernels"
+
+
+class Wait(NamedTuple):
+    """What a step waits for: over which mesh axes, on which kind of link, `chip to chip` or `network`."""
+
+    axes: tuple[str, ...]
+    link: str
+
+
+@dataclasses.dataclass
+class Spent:
+    """Seconds: all, those bound by math, memory and kernels, those that each kind of wait takes, and hidden ones."""
+
+    seconds: float = 0.0
+    busy: dict[str, float] = dataclasses.field(default_factory=dict)
+    waits: dict[Wait, float] = dataclasses.field(default_factory=dict)
+    sent: dict[Wait, float] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+
+    def add(self, other: "Spent", times: float = 1.0) -> None:
+        """Adds what another took, so many times."""
+        self.seconds += other.seconds * times
+        self.unknown_loops += other.unknown_loops
+        for name in ("busy", "waits", "sent"):
+            mine = getattr(self, name)
+            for key, seconds in getattr(other, name).items():
+                mine[key] = mine.get(key, 0.0) + seconds * times
+
+
+class Machine(NamedTuple):
+    """What a program runs on: its mesh, where its devices are, and the operations of one call of each Pallas kernel."""
+
+    mesh: Mesh
+    torus: Torus
+    kernels: Mapping[str, float]
+
+
+def walk(program: Program, machine: Machine) -> Spent:
+    """Returns what a step of the program takes on a machine."""
+    return _Walk(program, machine).run(program.entry)
+
+
+class _Walk:
+    def __init__(self, program: Program, machine: Machine):
+        self.program, self.machine = program, machine
+        self.done: dict[str, Spent] = {}
+        self.moves: dict[tuple[str, str], tuple[Use, Wait]] = {}
+
+    def run(self, name: str) -> Spent:
+        if name not in self.done:
+            self.done[name] = _Track(self, self.program.computations[name]).run()
+        return self.done[name]
+
+    def collective_in(self, name: str) -> Instruction | None:
+        """The collective that a called computation holds; None without one."""
+        inner = self.program.computations.get(name)
+        return next((one for one in inner or () if one.opcode.removesuffix("-start") in KINDS), None)
+
+    def kernel_seconds(self, one: Instruction) -> float:
+        name = re.match(r"[A-Za-z_][\w\-]*?(?=\.\d|\.clone|$)", one.name)
+        flops = self.machine.kernels.get(name[0] if name else "", 0.0)
+        return flops / self.machine.torus.rates.kernel
+
+    def use_of(self, computation: Computation, one: Instruction) -> tuple[Use, Wait]:
+        kind = one.opcode.removesuffix("-start")
+        if kind == "all-reduce" and "reduce-scatter" in computation.name.replace("_", "-"):
+            kind = "reduce-scatter"
+        groups_text = one.text[: one.text.find("metadata=")] if "metadata=" in one.text else one.text
+        operands = [computation.instructions.get(operand) for operand in one.operands]
+        operands = operands[:1] if kind.startswith("ragged") else operands
+        count = sum(array.bytes for operand in operands if operand is not None for array in operand.arrays)
+        key = (kind, f"{count} {groups_text[groups_text.find('replica_groups'):]}")
+        if kind == "collective-permute":
+            key = (kind, f"{count} {groups_text[groups_text.find('source_target_pairs'):]}")
+        if key not in self.moves:
+            torus, mesh = self.machine.torus, self.machine.mesh
+            groups = read_groups(one.text, mesh.size)
+            axes = axes_of_moves(groups, mesh) if kind == "collective-permute" else axes_of_groups(groups, mesh)
+            use = time_collective(torus, kind, groups, count)
+            self.moves[key] = use, Wait(axes, NETWORK if NETWORK in use.links else "chip to chip")
+        return self.moves[key]
+
+
+class _Track:
+    """One computation as it runs: the time now, until when links are kept, what is under way."""
+
+    def __init__(self, walk: _Walk, computation: Computation):
+        self.walk, self.computation, self.spent = walk, computation, Spent()
+        self.now = 0.0
+        self.free: dict[str, float] = {}
+        self.ends: dict[str, tuple[float, Wait]] = {}
+        self.copies: dict[str, float] = {}
+
+    def run(self) -> Spent:
+        for one in self.computation:
+            self._step(one)
+        self.spent.seconds = self.now
+        return self.spent
+
+    def _step(self, one: Instruction) -> None:
+        opcode = one.opcode
+        inner = next((found for name in one.called if (found := self.walk.collective_in(name))), None)
+        if opcode == "while":
+            trips = loop_trips(self.walk.program, self.computation, one)
+            self.spent.unknown_loops += trips is None
+            self._join(self.walk.run(one.attribute("body")), 1 if trips is None else trips)
+        elif opcode == "conditional":
+            branches = [self.walk.run(name) for name in one.called if name in self.walk.program.computations]
+            self._join(max(branches, key=lambda spent: spent.seconds))
+        elif opcode == "call":
+            self._join(self.walk.run(one.called[0]))
+        elif opcode in KINDS:
+            self._wait(self._start(one.name, *self.walk.use_of(self.computation, one)))
+        elif opcode.removesuffix("-start") in KINDS:
+            self._start(one.name, *self.walk.use_of(self.computation, one))
+        elif opcode.removesuffix("-done") in KINDS:
+            self._wait(one.operands[0])
+        elif opcode in ("send", "recv", "recv-done"):
+            self._transfer(one)
+        elif inner is not None:
+            self._fused_collective(one, inner)
+        elif opcode in ("copy-start", "async-start"):
+            self.copies[one.name] = self._copy_seconds(one)
+        elif opcode in ("copy-done", "async-done"):
+            self._finish_copy(one.operands[0])
+        else:
+            self._compute(one)
+
+    def _join(self, spent: Spent, times: float = 1.0) -> None:
+        """Goes through a computation that is called: what is under way here goes on meanwhile."""
+        before = self.spent.seconds
+        self.spent.add(spent, times)
+        self.spent.seconds = before
+        self._pass(spent.seconds * times, 0.0)
+
+    def _start(self, name: str, use: Use, wait: Wait) -> str:
+        begin = max([self.now, *(self.free.get(link, 0.0) for link in use.links)])
+        self.free |= dict.fromkeys(use.links, begin + use.seconds)
+        self.ends[name] = begin + use.seconds, wait
+        self.spent.sent[wait] = self.spent.sent.get(wait, 0.0) + use.seconds
+        return name
+
+    def _wait(self, name: str) -> None:
+        end, wait = self.ends.pop(name, (0.0, None))
+        if wait is not None and end > self.now:
+            self.spent.waits[wait] = self.spent.waits.get(wait, 0.0) + end - self.now
+            self._pass(end - self.now, 0.0)
+
+    def _fused_collective(self, one: Instruction, inner: Instruction) -> None:
+        """A fusion that holds a collective: its start, its end, work beside it, or the whole of it."""
+        holder = next(name for name in one.called if self.walk.collective_in(name) is not None)
+        within = self.walk.program.computations[holder]
+        targets = {each.attribute("custom_call_target") for each in within}
+        channel = f"channel {inner.attribute('channel_id')}"
+        if "AsyncCollectiveStart" in targets:
+            self._start(channel, *self.walk.use_of(within, inner))
+        elif "AsyncCollectiveDone" in targets:
+            self._wait(channel)
+        elif channel in self.ends:
+            self._compute(one)
+        else:
+            self._wait(self._start(channel, *self.walk.use_of(within, inner)))
+
+    def _transfer(self, one: Instruction) -> None:
+        """What goes to another slice and comes from there: a pair of `send` and `recv` is one collective."""
+        transfer = read_transfer(one, self.walk.machine.mesh)
+        if transfer is None:
+            return
+        if one.opcode == "send":
+            use = time_network(self.walk.machine.torus.rates, transfer.kind, transfer.slices, one.arrays[0].bytes)
+            self._start(transfer.name, use, Wait(transfer.axes, NETWORK))
+        elif one.opcode == "recv-done":
+            self._wait(transfer.name)
+
+    def _copy_seconds(self, one: Instruction) -> float:
+        source = self.computation.instructions.get(one.operands[0]) if one.operands else None
+        if source is None or not one.arrays:
+            return 0.0
+        moved = min((array.bytes for array in one.arrays[:2] if array.bytes), default=0)
+        return moved / self.walk.machine.torus.rates.hbm
+
+    def _finish_copy(self, name: str) -> None:
+        left = 0.0
+        for each in list(self.copies):
+            left += self.copies.pop(each)
+            if each == name:
+                break
+        if name not in self.ends and left:
+            self.spent.busy[MEMORY] = self.spent.busy.get(MEMORY, 0.0) + left
+            self.now += left
+
+    def _compute(self, one: Instruction) -> None:
+        rates = self.walk.machine.torus.rates
+        if one.opcode == "custom-call":
+            seconds, bound = self.walk.kernel_seconds(one), KERNEL
+            if one.attribute("custom_call_target") != "tpu_custom_call":
+                return
+            memory = 0.0
+        else:
+            work = work_of(self.walk.program, self.computation, one, rates.array)
+            math, memory = work.flops / rates.math, work.bytes / rates.hbm
+            seconds, bound = max(math, memory), MATH if math > memory else MEMORY
+        self.spent.busy[bound] = self.spent.busy.get(bound, 0.0) + seconds
+        self._pass(seconds, memory)
+
+    def _pass(self, seconds: float, memory: float) -> None:
+        """Time goes by, of which the memory was in use for so long: copies under way get the rest of it."""
+        self.now += seconds
+        left = seconds - memory
+        for name in list(self.copies):
+            if left <= 0:
+                break
+            part = min(left, self.copies[name])
+            self.copies[name] -= part
+            left -= part
+
+
+def torus_of(mesh: Mesh, shape: tuple[int, ...], rates: object) -> Torus:
+    """Returns where the devices of a target's mesh are, in the order in which a program counts them."""
+    devices = list(mesh.devices.flat)
+    places = np.array([list(device.coords)[: len(shape)] for device in devices])
+    slices = np.array([getattr(device, "slice_index", 0) or 0 for device in devices])
+    return Torus(shape, places, slices, rates)  # pyright: ignore[reportArgumentType]
