@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from jaxpar.context import split_sequence as split_sequence
     from jaxpar.context import ulysses_attention as ulysses_attention
     from jaxpar.data_parallel import data_parallel as data_parallel
+    from jaxpar.estimation.report import Estimate as Estimate
+    from jaxpar.estimation.report import EstimationError as EstimationError
+    from jaxpar.estimation.report import estimate as estimate
     from jaxpar.evaluation import EvalStep as EvalStep
     from jaxpar.evaluation import evaluate as evaluate
     from jaxpar.evaluation import make_eval_step as make_eval_step
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
     from jaxpar.sequence import zigzag as zigzag
     from jaxpar.sequence import zigzag_order as zigzag_order
     from jaxpar.sharded import sharded as sharded
+    from jaxpar.splash import SplashError as SplashError
+    from jaxpar.splash import splash_attention as splash_attention
     from jaxpar.stack import PipelineError as PipelineError
     from jaxpar.state import StateError as StateError
     from jaxpar.state import TrainState as TrainState
@@ -72,6 +77,7 @@ _HOME = {
     "batch": ("BatchError", "pad_batch"),
     "context": ("ring_attention", "split_sequence", "ulysses_attention"),
     "data_parallel": ("data_parallel",),
+    "estimation.report": ("Estimate", "EstimationError", "estimate"),
     "evaluation": ("EvalStep", "evaluate", "make_eval_step"),
     "expert": ("ExpertError", "ExpertKernels", "MoE", "MoELosses", "mixture_of_experts"),
     "inspection.report": ("Inspection", "InspectionError", "inspect"),
@@ -85,6 +91,7 @@ _HOME = {
     "schedule": ("ScheduleError",),
     "sequence": ("ContextError", "zigzag", "zigzag_order"),
     "sharded": ("sharded",),
+    "splash": ("SplashError", "splash_attention"),
     "stack": ("PipelineError",),
     "state": ("StateError", "TrainState"),
     "step": ("DriftError", "RecompileWarning", "Step"),

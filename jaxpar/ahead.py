@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh
 from jaxpar.step import Step
 from jaxpar.targets import CHIPS, Target, TargetError, target_devices
 
-_SECONDS = 300
+SECONDS = 300
 _PROGRAM, _MESH, _ERROR = "program.bin", "mesh.json", "error.txt"
 
 
@@ -55,7 +55,7 @@ class CompiledProgram(NamedTuple):
         return self.argument_bytes + self.output_bytes + self.temp_bytes
 
 
-def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds: float = _SECONDS) -> CompiledProgram:
+def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds: float = SECONDS) -> CompiledProgram:
     """Returns the program of a step for the target that its mesh is of; nothing is allocated.
 
     Args:

@@ -6,7 +6,7 @@ import importlib.resources
 import tomllib
 from typing import Any, NamedTuple
 
-_NAMES = ("most", "expected", "least")
+CASES = ("most", "expected", "least")
 
 
 class Figure(NamedTuple):
@@ -27,6 +27,7 @@ class Rates(NamedTuple):
       link: bytes to one neighbour, one way.
       network: bytes to other slices.
       hop_seconds: how long a neighbour's first byte takes.
+      doubling: what part of their throughput twice as many slices keep.
       wraps_at: which dims of a slice are rings: see `links.Torus`.
       array: the side of its matrix units; smaller products leave a part of them idle.
     """
@@ -37,6 +38,7 @@ class Rates(NamedTuple):
     link: float
     network: float
     hop_seconds: float
+    doubling: float
     wraps_at: int
     array: int
 
@@ -62,7 +64,7 @@ def rates_of(chip: str, case: str = "expected") -> Rates:
     True
     """
     figures = {name: figure.value for name, figure in read_figures()[chip].items()}
-    part = {name: figure.value[_NAMES.index(case)] for name, figure in read_figures()["reached"].items()}
+    part = {name: figure.value[CASES.index(case)] for name, figure in read_figures()["reached"].items()}
     return Rates(
         math=figures["peak_flops"] * part["math"],
         kernel=figures["peak_flops"] * part["kernel"],
@@ -70,6 +72,7 @@ def rates_of(chip: str, case: str = "expected") -> Rates:
         link=figures["link_bandwidth"] * part["link"],
         network=figures["network_bandwidth"] * part["network"],
         hop_seconds=part["hop_seconds"],
+        doubling=part["doubling"],
         wraps_at=figures["wraps_at"],
         array=figures["array"],
     )

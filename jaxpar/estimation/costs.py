@@ -13,7 +13,7 @@ from jaxpar.inspection.hlo import Array, Computation, Instruction, Program
 _PARTIAL = ("dynamic-slice", "gather", "slice")
 _THROUGH = ("bitcast", "get-tuple-element", "reshape")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
-_FREE += ("opt-barrier", "add-dependency", "custom-call", "domain", "token", "iota")
+_FREE += ("opt-barrier", "add-dependency", "domain")
 _PRECISION = {"highest": 6, "high": 3}
 
 
@@ -53,7 +53,7 @@ def work_of(program: Program, computation: Computation, one: Instruction, side: 
       one: it; no loop, branch or collective.
       side: that of the matrix units.
     """
-    if one.opcode in _FREE:
+    if one.opcode in _FREE or (one.opcode == "custom-call" and "tpu_custom_call" not in one.text):
         return Work()
     flops = sum(product.flops(side) * passes for product, passes in _products(program, computation, one))
     return Work(flops, _bytes_of(program, computation, one))
@@ -151,12 +151,12 @@ def _count_pairs(given: int, size: int, made: int, option: dict[str, int]) -> in
 def _bytes_of(program: Program, computation: Computation, one: Instruction) -> float:
     if one.opcode == "fusion" and one.called and one.called[0] in program.computations:
         inner = program.computations[one.called[0]]
-        total = _written(program, inner, inner.instructions[inner.root], one)
+        total = _written(program, inner, one)
+        needed = _needed(program, inner, math.inf)
         for parameter, name in zip(inner.parameters, one.operands, strict=False):
             operand = computation.instructions.get(name)
-            if operand is not None and operand.places and operand.places[0].space == 0 and len(operand.arrays) == 1:
-                whole = operand.places[0].bytes(operand.arrays[0])
-                total += min(_read_of(program, inner, parameter), whole)
+            if operand is not None:
+                total += _bytes_in_hbm(operand) * min(needed.get(parameter.name, 0.0) / _count(parameter), 1.0)
         return total
     if one.opcode in ("dynamic-update-slice", "scatter"):
         moved = computation.instructions[one.operands[1 if one.opcode.startswith("d") else -1]]
@@ -174,58 +174,72 @@ def _bytes_in_hbm(one: Instruction) -> float:
     return one.places[0].bytes(one.arrays[0])
 
 
-def _size(one: Instruction) -> float:
-    return sum(place.bytes(array) for place, array in zip(one.places, one.arrays, strict=False))
+def _count(one: Instruction) -> int:
+    return max(sum(math.prod(array.dims) for array in one.arrays), 1)
 
 
-def _written(program: Program, inner: Computation, root: Instruction, outer: Instruction) -> float:
+def _moves(one: Instruction) -> bool:
+    """Whether an instruction inside a fusion is a collective, which reads and writes for itself."""
+    return one.opcode.startswith(("all-", "reduce-scatter", "collective"))
+
+
+def _written(program: Program, inner: Computation, outer: Instruction) -> float:
     """What a fusion writes to the large memory: of an update in place its update, of what it passes on nothing."""
-    if root.opcode == "tuple":
-        spaces = [place.space for place in outer.places]
-        elements = [inner.instructions[name] for name in root.operands]
-        return sum(
-            _made(program, inner, element)
-            for element, space in zip(elements, spaces, strict=False)
-            if space == 0
-        )
-    return _made(program, inner, root) if outer.places and outer.places[0].space == 0 else 0.0
+    root = inner.instructions[inner.root]
+    made = [inner.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    return sum(
+        place.bytes(array) * _made(program, inner, one)
+        for one, place, array in zip(made, outer.places, outer.arrays, strict=False)
+        if place.space == 0
+    )
 
 
 def _made(program: Program, inner: Computation, one: Instruction) -> float:
+    """Which part of an output a fusion makes anew."""
+    whole = _count(one)
     while one.opcode in _THROUGH and one.operands and one.operands[0] in inner.instructions:
         one = inner.instructions[one.operands[0]]
     if one.opcode == "dynamic-update-slice":
-        return _size(inner.instructions[one.operands[1]])
-    if one.opcode == "parameter" or one.opcode.startswith(("all-", "reduce-scatter", "collective")):
+        return _count(inner.instructions[one.operands[1]]) / whole
+    if one.opcode == "parameter" or _moves(one):
         return 0.0
     if one.opcode == "fusion" and one.called and one.called[0] in program.computations:
         nested = program.computations[one.called[0]]
         root = nested.instructions[nested.root]
-        return _size(one) if root.opcode == "tuple" else min(_made(program, nested, root), _size(one))
-    return _size(one)
+        return 1.0 if root.opcode == "tuple" else _made(program, nested, root)
+    return 1.0
 
 
-def _read_of(program: Program, inner: Computation, parameter: Instruction) -> float:
-    """What a fusion reads of one of its inputs: only the part that it takes a slice of, nothing of what it passes on."""
-    total = 0.0
-    for user in inner:
-        if parameter.name not in user.operands:
+def _needed(program: Program, inner: Computation, wanted: float) -> dict[str, float]:
+    """How many elements of each input a fusion reads to make so many of its output: of a slice, those in it alone."""
+    needed = {inner.root: min(wanted, _count(inner.instructions[inner.root]))}
+    for one in reversed(list(inner)):
+        count = needed.get(one.name, 0.0)
+        if not count or _moves(one) or "Async" in one.attribute("custom_call_target"):
             continue
-        if user.opcode == "tuple" or user.opcode.startswith(("all-", "reduce-scatter", "collective")):
-            continue
-        if user.opcode in _PARTIAL and user.operands[0] == parameter.name:
-            total += _size(user)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            continue
-        elif user.opcode in _THROUGH:
-            total += _read_of(program, inner, user)
-        elif user.opcode == "fusion" and user.called and user.called[0] in program.computations:
-            nested = program.computations[user.called[0]]
-            for place, name in enumerate(user.operands):
-                if name == parameter.name and place < len(nested.parameters):
-                    total += _read_of(program, nested, nested.parameters[place])
-        elif user.opcode == "custom-call" and "Async" in user.attribute("custom_call_target"):
-            continue
+        operands = [inner.instructions[name] for name in one.operands if name in inner.instructions]
+        if one.opcode == "fusion" and one.called and one.called[0] in program.computations:
+            nested = program.computations[one.called[0]]
+            parts = _needed(program, nested, count)
+            counts = [parts.get(parameter.name, 0.0) for parameter in nested.parameters]
         else:
-            return math.inf
-    return total
+            counts = [_needed_of(one, place, operand, count) for place, operand in enumerate(operands)]
+        for operand, part in zip(operands, counts, strict=False):
+            needed[operand.name] = needed.get(operand.name, 0.0) + part
+    return needed
+
+
+def _needed_of(one: Instruction, place: int, operand: Instruction, count: float) -> float:
+    """How many elements of an operand an instruction reads to make so many of its own."""
+    whole, own = _count(operand), _count(one)
+    if one.opcode == "tuple":
+        return 0.0 if operand.opcode == "parameter" or _moves(operand) else whole
+    if place == 0 and one.opcode in _PARTIAL:
+        return min(count, own)
+    if place == 0 and one.opcode == "dynamic-update-slice":
+        return 0.0
+    if place == 0 and one.opcode == "pad":
+        return count * whole / own
+    if own == whole or one.opcode == "broadcast":
+        return min(count, whole)
+    return whole

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxpar.estimation.chips import Rates
 
-NETWORK = "network"
+# What a collective goes over: the links between the chips of a slice, or the network between slices.
+ICI, DCN = "ICI", "DCN"
 
 
 class Torus(NamedTuple):
@@ -42,7 +43,7 @@ class Torus(NamedTuple):
 
 
 class Use(NamedTuple):
-    """How long a collective keeps which links: `x+` is those of dim x one way, `network` those between slices."""
+    """How long a collective keeps which links: `x+` is those of dim x one way, `DCN` the network between slices."""
 
     seconds: float
     links: frozenset[str]
@@ -81,7 +82,7 @@ def time_collective(torus: Torus, kind: str, groups: np.ndarray, count: int) -> 
 def time_network(rates: Rates, kind: str, slices: int, count: float) -> Use:
     """Returns how long slices take to exchange `count` bytes of each chip over the network."""
     factor = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1, "collective-permute": 1}
-    return Use(factor.get(kind, (slices - 1) / slices) * count / rates.network, frozenset({NETWORK}))
+    return Use(factor.get(kind, (slices - 1) / slices) * count / rates.network, frozenset({DCN}))
 
 
 def _time_ring(torus: Torus, kind: str, group: np.ndarray, count: int) -> Use:

@@ -8,24 +8,26 @@ says; of a conditional the longest branch counts.
 """
 
 import dataclasses
-import re
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpar.estimation.chips import Rates
 from jaxpar.estimation.costs import work_of
-from jaxpar.estimation.links import NETWORK, Torus, Use, time_collective, time_network
+from jaxpar.estimation.links import DCN, ICI, Torus, Use, time_collective, time_network
 from jaxpar.inspection.collectives import KINDS, axes_of_groups, axes_of_moves, read_groups, read_transfer
 from jaxpar.inspection.hlo import Computation, Instruction, Program, loop_trips
 
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
-MATH, MEMORY, KERNEL = "math", "memory", "kernels"
+MATH, MEMORY, KERNEL = "math", "HBM", "kernels"
+PACE = "pace"
 
 
 class Wait(NamedTuple):
-    """What a step waits for: over which mesh axes, on which kind of link, `chip to chip` or `network`."""
+    """What a step waits for: over which mesh axes, on which kind of link: `ICI`, `DCN`, or `pace` of other slices."""
 
     axes: tuple[str, ...]
     link: str
@@ -56,12 +58,25 @@ class Machine(NamedTuple):
 
     mesh: Mesh
     torus: Torus
-    kernels: Mapping[str, float]
+    kernels: Mapping[tuple[str, tuple[tuple[int, ...], ...]], int]
 
 
 def walk(program: Program, machine: Machine) -> Spent:
     """Returns what a step of the program takes on a machine."""
-    return _Walk(program, machine).run(program.entry)
+    spent, torus = Spent(), machine.torus
+    spent.add(_Walk(program, machine).run(program.entry))
+    slices = np.unique(torus.slices)
+    if len(slices) > 1:
+        places = np.array(np.unravel_index(np.arange(machine.mesh.size), machine.mesh.devices.shape))
+        first = torus.slices == slices[0]
+        axes = tuple(
+            axis
+            for axis, place in zip(machine.mesh.axis_names, places, strict=True)
+            if len(np.unique(place[first])) < machine.mesh.shape[axis]
+        )
+        late = spent.seconds * (torus.rates.doubling ** -math.log2(len(slices)) - 1)
+        spent.add(Spent(late, waits={Wait(axes, PACE): late}))
+    return spent
 
 
 class _Walk:
@@ -69,6 +84,14 @@ class _Walk:
         self.program, self.machine = program, machine
         self.done: dict[str, Spent] = {}
         self.moves: dict[tuple[str, str], tuple[Use, Wait]] = {}
+        # What starts before a loop may go on inside of it, and end after it.
+        self.apart = {
+            _channel(one)
+            for computation in program.computations.values()
+            if any(each.attribute("custom_call_target") == "AsyncCollectiveStart" for each in computation)
+            for one in computation
+            if one.opcode in KINDS
+        }
 
     def run(self, name: str) -> Spent:
         if name not in self.done:
@@ -81,9 +104,9 @@ class _Walk:
         return next((one for one in inner or () if one.opcode.removesuffix("-start") in KINDS), None)
 
     def kernel_seconds(self, one: Instruction) -> float:
-        name = re.match(r"[A-Za-z_][\w\-]*?(?=\.\d|\.clone|$)", one.name)
-        flops = self.machine.kernels.get(name[0] if name else "", 0.0)
-        return flops / self.machine.torus.rates.kernel
+        shapes = tuple(array.dims for array in one.arrays)
+        named = (count for (name, out), count in self.machine.kernels.items() if one.name.startswith(name) and out == shapes)
+        return next(named, 0) / self.machine.torus.rates.kernel
 
     def use_of(self, computation: Computation, one: Instruction) -> tuple[Use, Wait]:
         kind = one.opcode.removesuffix("-start")
@@ -101,7 +124,7 @@ class _Walk:
             groups = read_groups(one.text, mesh.size)
             axes = axes_of_moves(groups, mesh) if kind == "collective-permute" else axes_of_groups(groups, mesh)
             use = time_collective(torus, kind, groups, count)
-            self.moves[key] = use, Wait(axes, NETWORK if NETWORK in use.links else "chip to chip")
+            self.moves[key] = use, Wait(axes, DCN if DCN in use.links else ICI)
         return self.moves[key]
 
 
@@ -175,15 +198,17 @@ class _Track:
         holder = next(name for name in one.called if self.walk.collective_in(name) is not None)
         within = self.walk.program.computations[holder]
         targets = {each.attribute("custom_call_target") for each in within}
-        channel = f"channel {inner.attribute('channel_id')}"
+        channel = _channel(inner)
         if "AsyncCollectiveStart" in targets:
             self._start(channel, *self.walk.use_of(within, inner))
         elif "AsyncCollectiveDone" in targets:
             self._wait(channel)
-        elif channel in self.ends:
+        elif channel in self.walk.apart:
             self._compute(one)
         else:
-            self._wait(self._start(channel, *self.walk.use_of(within, inner)))
+            self._start(channel, *self.walk.use_of(within, inner))
+            self._compute(one)
+            self._wait(channel)
 
     def _transfer(self, one: Instruction) -> None:
         """What goes to another slice and comes from there: a pair of `send` and `recv` is one collective."""
@@ -192,7 +217,7 @@ class _Track:
             return
         if one.opcode == "send":
             use = time_network(self.walk.machine.torus.rates, transfer.kind, transfer.slices, one.arrays[0].bytes)
-            self._start(transfer.name, use, Wait(transfer.axes, NETWORK))
+            self._start(transfer.name, use, Wait(transfer.axes, DCN))
         elif one.opcode == "recv-done":
             self._wait(transfer.name)
 
@@ -215,15 +240,11 @@ class _Track:
 
     def _compute(self, one: Instruction) -> None:
         rates = self.walk.machine.torus.rates
-        if one.opcode == "custom-call":
-            seconds, bound = self.walk.kernel_seconds(one), KERNEL
-            if one.attribute("custom_call_target") != "tpu_custom_call":
-                return
-            memory = 0.0
-        else:
-            work = work_of(self.walk.program, self.computation, one, rates.array)
-            math, memory = work.flops / rates.math, work.bytes / rates.hbm
-            seconds, bound = max(math, memory), MATH if math > memory else MEMORY
+        work = work_of(self.walk.program, self.computation, one, rates.array)
+        products, memory = work.flops / rates.math, work.bytes / rates.hbm
+        kernel = self.walk.kernel_seconds(one) if one.opcode == "custom-call" else 0.0
+        seconds = max(products, memory, kernel)
+        bound = KERNEL if kernel == seconds else MATH if products == seconds else MEMORY
         self.spent.busy[bound] = self.spent.busy.get(bound, 0.0) + seconds
         self._pass(seconds, memory)
 
@@ -239,9 +260,13 @@ class _Track:
             left -= part
 
 
-def torus_of(mesh: Mesh, shape: tuple[int, ...], rates: object) -> Torus:
+def _channel(one: Instruction) -> str:
+    return f"channel {one.attribute('channel_id')}"
+
+
+def torus_of(mesh: Mesh, shape: tuple[int, ...], rates: Rates) -> Torus:
     """Returns where the devices of a target's mesh are, in the order in which a program counts them."""
     devices = list(mesh.devices.flat)
     places = np.array([list(device.coords)[: len(shape)] for device in devices])
     slices = np.array([getattr(device, "slice_index", 0) or 0 for device in devices])
-    return Torus(shape, places, slices, rates)  # pyright: ignore[reportArgumentType]
+    return Torus(shape, places, slices, rates)

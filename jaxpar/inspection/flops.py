@@ -14,16 +14,23 @@ class Product(NamedTuple):
       shape: `(batch, M, K, N)`, of whole arrays, over all devices.
       dtype: of what is multiplied.
       times: how often it runs in a step.
+      recomputed: how often of these to have again what rematerialisation dropped.
     """
 
     shape: tuple[int, int, int, int]
     dtype: str
     times: int
+    recomputed: int = 0
 
     @property
     def flops(self) -> int:
         """Floating-point operations in a step: a multiplication and an addition for each of batch M K N."""
         return 2 * math.prod(self.shape) * self.times
+
+    @property
+    def model_flops(self) -> int:
+        """Those that the model itself needs, without what is computed again: what MFU counts."""
+        return 2 * math.prod(self.shape) * (self.times - self.recomputed)
 
     @property
     def intensity(self) -> float:
@@ -39,13 +46,32 @@ def count_products(jaxpr: Any) -> tuple[Product, ...]:
     >>> import jax, jax.numpy as jnp
     >>> step = lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)
     >>> count_products(jax.make_jaxpr(step)(jnp.ones((4, 8)), jnp.ones((3, 8, 8))))
-    (Product(shape=(1, 4, 8, 8), dtype='float32', times=3),)
+    (Product(shape=(1, 4, 8, 8), dtype='float32', times=3, recomputed=0),)
     """
-    counts: dict[tuple[tuple[int, int, int, int], str], int] = {}
-    for shape, dtype, times in _visit(getattr(jaxpr, "jaxpr", jaxpr), 1):
-        counts[shape, dtype] = counts.get((shape, dtype), 0) + times
-    products = (Product(shape, dtype, times) for (shape, dtype), times in counts.items())
+    counts: dict[tuple[tuple[int, int, int, int], str], tuple[int, int]] = {}
+    for shape, dtype, times, again in _visit(getattr(jaxpr, "jaxpr", jaxpr), 1):
+        before = counts.get((shape, dtype), (0, 0))
+        counts[shape, dtype] = before[0] + times, before[1] + times * again
+    products = (Product(shape, dtype, *times) for (shape, dtype), times in counts.items())
     return tuple(sorted(products, key=lambda one: -one.flops))
+
+
+def count_kernels(jaxpr: Any) -> dict[tuple[str, tuple[tuple[int, ...], ...]], int]:
+    """Returns the operations of matrix products in one call of each Pallas kernel, by its name and outputs' shapes.
+
+    What a kernel leaves out at run time, as blocks that a mask hides, counts as done.
+    """
+    found, left = {}, [getattr(jaxpr, "jaxpr", jaxpr)]
+    while left:
+        for eqn in left.pop().eqns:
+            if eqn.primitive.name == "pallas_call":
+                grid = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
+                inside = sum(2 * math.prod(shape) * times for body in inner_jaxprs(eqn) for shape, _, times, _ in _visit(body, 1))
+                shapes = tuple(tuple(atom.aval.shape) for atom in eqn.outvars)
+                found[eqn.params.get("name") or "", shapes] = grid * inside
+            else:
+                left += inner_jaxprs(eqn)
+    return found
 
 
 def live_equations(jaxpr: Any, needed: Sequence[bool] | None = None) -> list[tuple[Any, list[bool]]]:
@@ -86,26 +112,26 @@ def inner_jaxprs(eqn: Any) -> Iterator[Any]:
 
 
 def _visit(
-    jaxpr: Any, times: int, needed: list[bool] | None = None
-) -> Iterator[tuple[tuple[int, int, int, int], str, int]]:
+    jaxpr: Any, times: int, needed: list[bool] | None = None, again: bool = False
+) -> Iterator[tuple[tuple[int, int, int, int], str, int, bool]]:
+    outside = again
     for eqn, outs in live_equations(jaxpr, needed):
         name = eqn.primitive.name
-        if name == "dot_general":
-            yield _product_shape(eqn), str(eqn.invars[0].aval.dtype), times
-        elif name == "conv_general_dilated":
-            yield _convolution_shape(eqn), str(eqn.invars[0].aval.dtype), times
-        elif name == "ragged_dot_general":
-            yield _ragged_shape(eqn), str(eqn.invars[0].aval.dtype), times
+        # JAX names what the backward pass of a checkpoint computes a second time.
+        again = outside or "rematted_computation" in str(eqn.source_info.name_stack)
+        shape_of = _SHAPES.get(name)
+        if shape_of is not None:
+            yield shape_of(eqn), str(eqn.invars[0].aval.dtype), times, again
         inner = list(inner_jaxprs(eqn))
         if name == "cond":
             # One branch runs: the costliest is what a device may have to do.
-            branches = [list(_visit(body, times)) for body in inner]
+            branches = [list(_visit(body, times, again=again)) for body in inner]
             yield from max(
-                branches, key=lambda rows: sum(math.prod(shape) * count for shape, _, count in rows), default=[]
+                branches, key=lambda rows: sum(math.prod(shape) * count for shape, _, count, _ in rows), default=[]
             )
             continue
         for body in inner:
-            yield from _visit(body, times * _repeats(eqn), needed_inside(eqn, body, outs))
+            yield from _visit(body, times * _repeats(eqn), needed_inside(eqn, body, outs), again)
 
 
 def _repeats(eqn: Any) -> int:
@@ -143,3 +169,6 @@ def _ragged_shape(eqn: Any) -> tuple[int, int, int, int]:
     k = math.prod(a[dim] for dim in contracted)
     apart = math.prod(b[dim] for dim in (*right, *numbers.rhs_group_dimensions))
     return 1, math.prod(a) // (k or 1), k, math.prod(b) // (apart or 1)
+
+
+_SHAPES = {"dot_general": _product_shape, "conv_general_dilated": _convolution_shape, "ragged_dot_general": _ragged_shape}

@@ -1,7 +1,6 @@
 """`inspect`: what a step will do once it runs, as a report; changes with what a user must see of it."""
 
 import dataclasses
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,14 @@ from jaxpar.mesh import BATCH_AXES, count_shards
 from jaxpar.partition import axes_of
 from jaxpar.state import TrainState
 from jaxpar.step import Step
+from jaxpar.tables import Table, align, show, to_html
 from jaxpar.targets import target_of
+
+
+_MEMORY = ("memory", "a device")
+_TRAFFIC = ("sent by a device in a step", "over", "bytes", "at least", "ratio")
+_COLLECTIVES = ("collective", "over", "bytes", "times", "", "from")
+_PRODUCTS = ("matrix product (batch, M, K, N)", "dtype", "times", "flops", "flops/byte")
 
 
 class InspectionError(TypeError):
@@ -100,23 +106,15 @@ class Inspection:
 
     def __str__(self) -> str:
         lines = [f"{self.strategy}: a step on {self.mesh.size} devices"]
-        lines += _align([("memory", "a device"), *self._memory_rows()])
+        lines += align(Table(_MEMORY, self._memory_rows()))
         if self.left_whole:
             lines += ["left whole:"] + [
                 f"  {row.path}  {format_bytes(row.bytes_per_device)}  {row.note}" for row in self.left_whole[:8]
             ]
-        lines += [
-            "",
-            *_align([("sent by a device in a step", "over", "bytes", "at least", "ratio"), *self._traffic_rows()]),
-        ]
-        lines += ["", *_align([("collective", "over", "bytes", "times", "", "from"), *self._collective_rows()])]
+        lines += ["", *align(Table(_TRAFFIC, self._traffic_rows()))]
+        lines += ["", *align(Table(_COLLECTIVES, self._collective_rows()))]
         lines += [f"no rule explains: {_describe(one)}" for one in self.unexplained[:8]]
-        lines += [
-            "",
-            *_align(
-                [("matrix product (batch, M, K, N)", "dtype", "times", "flops", "flops/byte"), *self._product_rows()]
-            ),
-        ]
+        lines += ["", *align(Table(_PRODUCTS, self._product_rows()))]
         lines.append(f"{self.flops:.4g} floating-point operations in all, {self.flops / self.mesh.size:.4g} a device")
         return "\n".join(lines)
 
@@ -124,35 +122,21 @@ class Inspection:
 
     def __rich__(self) -> Any:
         """Returns the report as tables for a rich console."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        parts: list[Any] = [Text(f"{self.strategy}: a step on {self.mesh.size} devices", style="bold")]
-        for heads, rows in (
-            (("memory", "a device"), self._memory_rows()),
+        whole = [(row.path, format_bytes(row.bytes_per_device), row.note) for row in self.left_whole]
+        return show(
+            f"{self.strategy}: a step on {self.mesh.size} devices",
             (
-                ("left whole", "a device", "why"),
-                [(r.path, format_bytes(r.bytes_per_device), r.note) for r in self.left_whole],
+                Table(_MEMORY, self._memory_rows()),
+                Table(("left whole", "a device", "why"), whole),
+                Table(_TRAFFIC, self._traffic_rows()),
+                Table(_COLLECTIVES, self._collective_rows()),
+                Table(("no rule explains",), [(_describe(one),) for one in self.unexplained[:8]]),
+                Table(_PRODUCTS, self._product_rows()),
             ),
-            (("sent by a device in a step", "over", "bytes", "at least", "ratio"), self._traffic_rows()),
-            (("collective", "over", "bytes", "times", "", "from"), self._collective_rows()),
-            (("no rule explains",), [(_describe(one),) for one in self.unexplained[:8]]),
-            (("matrix product (batch, M, K, N)", "dtype", "times", "flops", "flops/byte"), self._product_rows()),
-        ):
-            if rows:
-                table = Table(*heads)
-                for row in rows:
-                    table.add_row(*row)
-                parts.append(table)
-        return Group(*parts)
+        )
 
     def _repr_html_(self) -> str:
-        from rich.console import Console
-
-        console = Console(record=True, file=io.StringIO(), width=140)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return to_html(self)
 
     def _memory_rows(self) -> list[tuple[str, ...]]:
         share = self.param_bytes + self.optimizer_bytes
@@ -229,12 +213,7 @@ def inspect(
     >>> [(row.purpose, row.bytes, row.bound) for row in report.traffic][0]
     ('weights and gradients', 14560, 14560)
     """
-    step = train_step.step if isinstance(train_step, EvalStep) else train_step
-    if not isinstance(step, Step):
-        raise InspectionError(
-            f"train_step is a {type(train_step).__name__}; inspect takes what make_train_step, make_eval_step or "
-            "strategy.compile returns."
-        )
+    step = step_of(train_step, "inspect")
     if slice_of is not None and not callable(slice_of):
         raise InspectionError(f"slice_of is {slice_of!r}; give a function, as lambda device: device.process_index.")
     strategy, mesh = step.strategy, step.strategy.mesh
@@ -279,6 +258,21 @@ def inspect(
     )
 
 
+def step_of(train_step: Any, taker: str) -> Step:
+    """Returns the step itself, of a train or an eval step.
+
+    Raises:
+      InspectionError: it is none.
+    """
+    step = train_step.step if isinstance(train_step, EvalStep) else train_step
+    if not isinstance(step, Step):
+        raise InspectionError(
+            f"train_step is a {type(train_step).__name__}; {taker} takes what make_train_step, make_eval_step or "
+            "strategy.compile returns."
+        )
+    return step
+
+
 def _compile(step: Step, state: Any, batch: Any) -> CompiledProgram:
     target = target_of(step.strategy.mesh.devices.flat[0])
     if target is not None:
@@ -310,7 +304,3 @@ def _describe(one: Collective) -> str:
         f"{one.source or one.operation}, {format_bytes(one.bytes_a_step)} a step{times}"
     )
 
-
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
