@@ -39,7 +39,12 @@ _FLAGS = (
 _NO_WINDOWS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 _AXES = {"tensor": "model", "sequence": "context", "pipeline": "stage"}
 _REMATS = {"full": "full", "minimal(dots)": "dots", "minimal": "dots", "none": "none"}
-_RULES = {"stage": jaxpar.PIPELINE, "expert": jaxpar.EXPERT, "model": jaxpar.megatron(column=["head"]), "fsdp": jaxpar.FSDP}
+_RULES = {
+    "stage": jaxpar.PIPELINE,
+    "expert": jaxpar.EXPERT,
+    "model": jaxpar.megatron(column=["head"]),
+    "fsdp": jaxpar.FSDP,
+}
 
 
 class Outcome(NamedTuple):
@@ -112,14 +117,23 @@ def build(row: dict[str, str], options: dict[str, Any] | None = None) -> tuple[A
         axis = _AXES.get(name.removeprefix("dcn_"), name.removeprefix("dcn_"))
         axes[axis] = axes.get(axis, 1) * int(size)
     axes = {axis: size for axis, size in axes.items() if size > 1} or {"data": 1}
-    slow = next((name.removeprefix("dcn_") for name, size in sizes_of.items() if name.startswith("dcn_") and size != "1"), "data")
+    slow = next(
+        (name.removeprefix("dcn_") for name, size in sizes_of.items() if name.startswith("dcn_") and size != "1"),
+        "data",
+    )
     mesh = jaxpar.make_mesh(
         target=f"{row['chip']}:{row['topology']}", slices=slices, slice_axis=_AXES.get(slow, slow), **axes
     )
     strategy = jaxpar.sharded(mesh, *(rules for axis, rules in _RULES.items() if axis in mesh.shape))
     number = lambda name: int(row[name])
     sizes = Sizes(
-        number("d_model"), number("layers"), number("heads"), number("kv_heads"), number("d_ff"), number("vocab"), number("head_dim")
+        number("d_model"),
+        number("layers"),
+        number("heads"),
+        number("kv_heads"),
+        number("d_ff"),
+        number("vocab"),
+        number("head_dim"),
     )
     is_kernel = "flash" in row["attention_kernel"] or "splash" in row["attention_kernel"]
     parts = {
@@ -183,7 +197,8 @@ def main() -> None:
         bare_errors.append(abs(bare_error))
         print(
             f"{row['id']:<18} {outcome.estimated:>8.3f} s {outcome.published:>8.3f} s {error:>+7.1%} "
-            f"{outcome.bare:>8.3f} s {bare_error:>+7.1%} {outcome.took:>5.1f} s" + ("" if outcome.fits else "  does NOT fit"),
+            f"{outcome.bare:>8.3f} s {bare_error:>+7.1%} {outcome.took:>5.1f} s"
+            + ("" if outcome.fits else "  does NOT fit"),
             flush=True,
         )
     if not errors:

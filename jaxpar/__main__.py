@@ -1,4 +1,4 @@
-"""The command line: `jaxpar train`, `jaxpar inspect` and `jaxpar doctor`; changes with what a user may ask of it."""
+"""The command line: `jaxpar train`, `inspect`, `estimate` and `doctor`; changes with what a user may ask of it."""
 
 import argparse
 import sys
@@ -60,20 +60,28 @@ def _make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    inspect.add_argument(
-        "module",
-        nargs="?",
-        metavar="MODULE",
-        help="a Python file or module with init_fn, loss_fn, batch and, if it likes, rules; if not given, the model of "
-        "jaxpar train",
+    _add_module(inspect)
+    _add_target(inspect).add_argument(
+        "--target", metavar="POD", help="v4, v5e, v5p or v6e, by chips or shape: v5e-256, v5p:4x4x8"
     )
-    _add_target(inspect)
     _add_model(inspect)
-    # The optimizer's own numbers change nothing that is counted.
-    inspect.set_defaults(run=_inspect, learning_rate=1e-3, steps=1)
+    inspect.set_defaults(run=_inspect)
+    estimate = commands.add_parser(
+        "estimate",
+        help="say how long a step takes on a TPU pod that isn't here, and what it costs",
+        description="Compiles a train step for a TPU pod and runs nothing: prints the step's time as a range, what it "
+        "waits for, whether it fits and dollars; for several pods one table. MODULE is your own code, and is run. Exit "
+        "code 1: it does not fit.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_module(estimate)
+    _add_estimate(_add_target(estimate))
+    _add_model(estimate)
+    estimate.set_defaults(run=_estimate)
     doctor = commands.add_parser("doctor", help="say what JAX sees here, and what its settings cost")
     doctor.set_defaults(run=_doctor)
-    for each in (parser, train, inspect, doctor):
+    for each in (parser, train, inspect, estimate, doctor):
         # argparse would print the usage too, several lines, and leave the process.
         each.error = _raise_usage
     return parser
@@ -106,19 +114,47 @@ def _add_parts(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
 
 
-def _add_target(parser: argparse.ArgumentParser) -> None:
+def _add_module(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "module",
+        nargs="?",
+        metavar="MODULE",
+        help="a Python file or module with init_fn, loss_fn, batch and, if it likes, rules; or llama2-7b, a ready one; if "
+        "not given, the model of jaxpar train",
+    )
+    # The optimizer's own numbers change nothing that is counted.
+    parser.set_defaults(learning_rate=1e-3, steps=1)
+
+
+def _add_estimate(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--target",
+        metavar="POD,...",
+        required=True,
+        help="one pod or several: v4, v5e, v5p or v6e, by chips or shape: v5e-256, v5p:4x4x8",
+    )
+    group.add_argument("--price", metavar="CHIP=X,...", help="dollars a chip and hour; if not given, list prices")
+    group.add_argument("--chart", type=path_name, metavar="FILE", help="draw where time and memory go, as PNG")
+    group.add_argument(
+        "--time-limit", type=positive_number, default=300.0, metavar="S", help="seconds that a compile may take"
+    )
+
+
+def _add_target(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("where")
     size = whole_number(1, _MAX_SIZE)
     group.add_argument("--mesh", metavar="AXIS=N,...", help=f"sizes of mesh axes, of {', '.join(_AXES)}; one may be -1")
-    group.add_argument("--target", metavar="POD", help="v4, v5e, v5p or v6e, by chips or shape: v5e-256, v5p:4x4x8")
     group.add_argument("--slices", type=whole_number(1, 1024), default=1, metavar="N", help="as many such pods")
     group.add_argument(
         "--fake-devices", type=whole_number(1, _MAX_FAKE_DEVICES), metavar="N", help="compile for N CPU devices"
     )
     _add_parts(group)
-    group.add_argument("--batch-size", type=size, default=32, metavar="N", help="rows of the demo's batch")
-    group.add_argument("--seq-len", type=size, default=64, metavar="N", help="bytes in a row of it")
+    group.add_argument(
+        "--batch-size", type=size, metavar="N", help="rows of a ready model's batch; if not given, 32, or one a chip"
+    )
+    group.add_argument("--seq-len", type=size, metavar="N", help="tokens in a row of it; if not given, 64, or 4096")
     group.add_argument("--json", action="store_true", help="print plain data")
+    return group
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +197,12 @@ def _inspect(options: argparse.Namespace) -> int:
     from jaxpar.inspect_command import inspect
 
     return inspect(options)
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    from jaxpar.estimate_command import estimate
+
+    return estimate(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

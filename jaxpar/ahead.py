@@ -5,6 +5,7 @@ writes the scheduled program to a folder when it is there; then the process has 
 FOLDER` is that process. An abort of the compiler, as for shapes it doesn't know, ends it and not the caller.
 """
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -21,10 +22,13 @@ import jax
 from jax import export
 from jax.sharding import AxisType, Mesh
 
+from jaxpar import program_cache
+from jaxpar.layout import format_bytes
 from jaxpar.step import Step
 from jaxpar.targets import CHIPS, Target, TargetError, target_devices
 
 SECONDS = 300
+_MEMORY = 0.8
 _PROGRAM, _MESH, _ERROR = "program.bin", "mesh.json", "error.txt"
 
 
@@ -58,6 +62,9 @@ class CompiledProgram(NamedTuple):
 def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds: float = SECONDS) -> CompiledProgram:
     """Returns the program of a step for the target that its mesh is of; nothing is allocated.
 
+    One that was compiled before, from the same program for the same target by the same versions and flags, is read from
+    the user's own folder. The compile may take 4/5 of this machine's memory.
+
     Args:
       step: the step.
       state: from `strategy.abstract_state`.
@@ -66,34 +73,49 @@ def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds
       seconds: how long it may take.
 
     Raises:
-      AheadError: the compiler fails, aborts, or isn't done in time. A program too large for the memory is none of
+      AheadError: the compiler fails, aborts, isn't done in time or takes too much memory. A program too large for the memory is none of
         these: its bytes are given.
       TargetError: flatbuffers, which carry the program over, aren't installed.
     """
+    program, told = _describe(step, state, batch, target)
+    options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu")]
+    key = program_cache.key_of([program, told, str(target), *options, *versions])
+    if (kept := program_cache.read(key)) is not None and set(kept) == set(CompiledProgram._fields):
+        return CompiledProgram(**kept)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxpar-"))
     try:
-        mesh = step.strategy.mesh
-        order = {device: number for number, device in enumerate(target_devices(target))}
-        try:
-            (folder / _PROGRAM).write_bytes(step.export(state, batch).serialize())
-        except ImportError as error:
-            raise TargetError(f"target {target} needs flatbuffers: pip install 'jaxpar[plan]'") from error
-        except NotImplementedError as error:
-            raise AheadError(
-                f"The step can't be compiled for {target}: {error}. Leave out what calls back into Python, as "
-                "jax.debug.print does."
-            ) from error
-        told = {
-            "target": target,
-            "axes": dict(mesh.shape),
-            "places": [order[device] for device in mesh.devices.flat],
-            "carries_state": step.carries_state,
-            "compiler_options": step.compiler_options,
-        }
-        (folder / _MESH).write_text(json.dumps(told))
-        return _run(folder, target, seconds)
+        (folder / _PROGRAM).write_bytes(program)
+        (folder / _MESH).write_text(told)
+        compiled = _run(folder, target, seconds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    program_cache.write(key, compiled._asdict())
+    return compiled
+
+
+def _describe(step: Step, state: Any, batch: Any, target: Target) -> tuple[bytes, str]:
+    """The step's program, and as JSON what else the process that compiles it must know."""
+    mesh = step.strategy.mesh
+    order = {device: number for number, device in enumerate(target_devices(target))}
+    try:
+        program = bytes(step.export(state, batch).serialize())
+    except ImportError as error:
+        raise TargetError(f"target {target} needs flatbuffers: pip install 'jaxpar[plan]'") from error
+    except NotImplementedError as error:
+        raise AheadError(
+            f"The step can't be compiled for {target}: {error}. Leave out what calls back into Python, as "
+            "jax.debug.print does."
+        ) from error
+    told = {
+        "target": target,
+        "axes": dict(mesh.shape),
+        "places": [order[device] for device in mesh.devices.flat],
+        "carries_state": step.carries_state,
+        "compiler_options": step.compiler_options,
+        "x64": bool(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
+    }
+    return program, json.dumps(told)
 
 
 def _run(folder: pathlib.Path, target: Target, seconds: float) -> CompiledProgram:
@@ -108,9 +130,14 @@ def _run(folder: pathlib.Path, target: Target, seconds: float) -> CompiledProgra
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "jaxpar.ahead", str(folder)], env=environment, stdout=log, stderr=log
         )
-        end = time.monotonic() + seconds
+        end, most = time.monotonic() + seconds, _MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         try:
             while not (found := _find_report(folder)) and child.poll() is None and time.monotonic() < end:
+                if (taken := _resident_bytes(child.pid)) > most:
+                    raise AheadError(
+                        f"The compile for {target} took {format_bytes(taken)} of this machine's memory, of "
+                        f"{format_bytes(most)} allowed, and was ended; a smaller step, or fewer layers, may do."
+                    )
                 time.sleep(0.05)
         finally:
             done = child.poll()
@@ -125,6 +152,14 @@ def _run(folder: pathlib.Path, target: Target, seconds: float) -> CompiledProgra
     reason = (folder / _ERROR).read_text() if (folder / _ERROR).exists() else _last_lines(folder / "log.txt")
     how = f"by signal {signal.Signals(-done).name}" if done < 0 else f"with code {done}"
     raise AheadError(f"The compile for {target} ended {how}: {reason.strip()}")
+
+
+def _resident_bytes(process: int) -> int:
+    try:
+        pages = pathlib.Path(f"/proc/{process}/statm").read_text().split()[1]
+    except (OSError, IndexError):
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _find_report(folder: pathlib.Path) -> pathlib.Path | None:

@@ -81,7 +81,9 @@ def _check_mesh(
     q_BTHD: jax.Array, k_BTKD: jax.Array, mesh: jax.sharding.AbstractMesh, rows: tuple[str, ...], heads: str | None
 ) -> None:
     inside = [axis for axis in mesh.manual_axes if axis in AXES]
-    later = [axis for axis in inside for other in (*rows, *filter(None, [heads])) if AXES.index(other) < AXES.index(axis)]
+    later = [
+        axis for axis in inside for other in (*rows, *filter(None, [heads])) if AXES.index(other) < AXES.index(axis)
+    ]
     if later:
         raise MeshError(
             f"splash_attention stands in an island over {later[0]!r}, beside {rows or heads}, which are left to the "
@@ -104,9 +106,7 @@ def _attend(is_causal: bool, block_size: int, q_BTHD: jax.Array, k_BTKD: jax.Arr
     return lax.platform_dependent(q_BTHD, k_BTKD, v_BTKD, tpu=kernel, default=plain)
 
 
-def _run_kernel(
-    is_causal: bool, block_size: int, q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array
-) -> jax.Array:
+def _run_kernel(is_causal: bool, block_size: int, q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array) -> jax.Array:
     # It takes a second to import, and only a TPU's program needs it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

@@ -198,7 +198,7 @@ def _check_fit(options: argparse.Namespace, strategy: jaxpar.Strategy) -> None:
             f"{4 * stages}."
         )
     shards, rows = strategy.num_shards, options.batch_size
-    parts = options.microbatches * _stage_microbatches(options, strategy.mesh)
+    parts = options.microbatches * stage_microbatches(options, strategy.mesh)
     unit = shards * parts
     if rows % unit:
         raise UsageError(
@@ -219,8 +219,8 @@ def _check_fit(options: argparse.Namespace, strategy: jaxpar.Strategy) -> None:
             )
 
 
-def _stage_microbatches(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> int:
-    """What is asked for, or two a stage; 1 without stages."""
+def stage_microbatches(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> int:
+    """Returns how many parts are asked for, or two a stage; 1 without stages."""
     stages = mesh.shape.get("stage", 1)
     return 1 if stages == 1 else options.stage_microbatches or 2 * stages
 
@@ -229,7 +229,7 @@ def make_init_fn(
     options: argparse.Namespace, sizes: Sizes, mesh: jax.sharding.Mesh
 ) -> Callable[[jax.Array], jaxpar.TrainState]:
     """Returns the `init_fn` of the demo's model and optimizer, whose islands are those of the mesh's axes."""
-    parts: dict[str, Any] = {"stage_microbatches": _stage_microbatches(options, mesh)}
+    parts: dict[str, Any] = {"stage_microbatches": stage_microbatches(options, mesh)}
     if mesh.shape.get("context", 1) > 1:
         parts["attend"] = functools.partial(jaxpar.ring_attention, is_causal=True)
     if options.experts:
@@ -295,6 +295,6 @@ def _sample(job: _Job, state: jaxpar.TrainState) -> tuple[bytes, bytes]:
         compute_dtype=_compute_dtype(options),
     )
     # Every shard and stage microbatch needs a row of its own.
-    count = strategy.num_shards * _stage_microbatches(options, strategy.mesh)
+    count = strategy.num_shards * stage_microbatches(options, strategy.mesh)
     rows = sample_step(state, strategy.shard_batch({"x": np.tile(prompt, (count, 1))}))
     return prompt.tobytes(), np.asarray(rows[0]).tobytes()

@@ -64,7 +64,9 @@ def _products(program: Program, computation: Computation, one: Instruction) -> l
         inputs = [computation.instructions[name].arrays[0] for name in one.operands[:2]]
         read = read_dot if one.opcode == "dot" else read_convolution
         precision = re.search(r"operand_precision=\{(\w+)", one.text)
-        return [(read(one.text, inputs[0], inputs[1], one.arrays[0]), _PRECISION.get(precision[1] if precision else "", 1))]
+        return [
+            (read(one.text, inputs[0], inputs[1], one.arrays[0]), _PRECISION.get(precision[1] if precision else "", 1))
+        ]
     if one.opcode != "fusion":
         return []
     found = []
@@ -76,7 +78,9 @@ def _products(program: Program, computation: Computation, one: Instruction) -> l
 
 def read_dot(text: str, left: Array, right: Array, out: Array) -> Product:
     """Returns the product that a `dot` is, by its text and the arrays it takes and gives."""
-    dims = lambda name: [int(dim) for dim in (re.search(rf"{name}=\{{([\d,]*)\}}", text) or ["", ""])[1].split(",") if dim]
+    dims = lambda name: [
+        int(dim) for dim in (re.search(rf"{name}=\{{([\d,]*)\}}", text) or ["", ""])[1].split(",") if dim
+    ]
     batch = math.prod(left.dims[dim] for dim in dims("lhs_batch_dims"))
     inner = math.prod(left.dims[dim] for dim in dims("lhs_contracting_dims"))
     rows, columns = (math.prod(side.dims) // (batch * inner or 1) for side in (left, right))
@@ -101,7 +105,12 @@ def read_convolution(text: str, left: Array, right: Array, out: Array) -> Produc
     window = re.search(r"window=\{([^}]*)\}", text)
     spatial = sorted(label for label in ins if label.isdigit())
     options = _read_window(window[1] if window else "", len(spatial))
-    batch, rows, inner, columns = 1, out.dims[outs.index("b")], right.dims[kernels.index("i")], out.dims[outs.index("f")]
+    batch, rows, inner, columns = (
+        1,
+        out.dims[outs.index("b")],
+        right.dims[kernels.index("i")],
+        out.dims[outs.index("f")],
+    )
     groups = re.search(r"batch_group_count=(\d+)", text)
     features = re.search(r"feature_group_count=(\d+)", text)
     for label, option in zip(spatial, options, strict=True):
@@ -126,7 +135,7 @@ def read_convolution(text: str, left: Array, right: Array, out: Array) -> Produc
 
 def _read_window(text: str, count: int) -> list[dict[str, int]]:
     fields = dict(part.split("=") for part in text.split())
-    split = lambda name, default: fields.get(name, "x".join([default] * count)).split("x")
+    split = lambda name, default: fields[name].split("x") if name in fields else [default] * count
     pads = [pad.split("_") for pad in split("pad", "0_0")]
     return [
         {"low": int(pad[0]), "stride": int(stride), "spread": int(spread), "gap": int(gap)}
@@ -144,7 +153,9 @@ def _count_pairs(given: int, size: int, made: int, option: dict[str, int]) -> in
     count, last = 0, (given - 1) * spread
     for place in range(size):
         first = place * gap - low
-        count += sum(1 for out in range(made) if 0 <= first + out * stride <= last and (first + out * stride) % spread == 0)
+        count += sum(
+            1 for out in range(made) if 0 <= first + out * stride <= last and (first + out * stride) % spread == 0
+        )
     return count
 
 

@@ -100,6 +100,13 @@ class Estimate:
         parts |= {f"{_LINKS[wait.link]} over {_join(wait.axes)}": spent for wait, spent in self.waits.items()}
         return max(parts, key=lambda name: parts[name])
 
+    def parts(self) -> dict[str, float]:
+        """Returns where a step's seconds go, by name, the largest first; they add up to all of it."""
+        names = {MATH: "matrix products", KERNEL: "Pallas kernels", MEMORY: "memory (HBM)"}
+        parts = {names[name]: spent for name, spent in self.busy.items()}
+        parts |= {f"waiting for {_LINKS[wait.link]}, {_join(wait.axes)}": spent for wait, spent in self.waits.items()}
+        return {name: spent for name, spent in sorted(parts.items(), key=lambda item: -item[1]) if spent}
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as plain numbers, strings, lists and dicts, as JSON takes them."""
         links = [
@@ -173,13 +180,7 @@ class Estimate:
         ]
 
     def _time_rows(self) -> list[tuple[str, ...]]:
-        names = {MATH: "matrix products", KERNEL: "Pallas kernels", MEMORY: "memory (HBM)"}
-        parts = {names[name]: spent for name, spent in self.busy.items()}
-        for wait, spent in self.waits.items():
-            name = f"waiting for {_LINKS[wait.link]}, {_join(wait.axes)}"
-            parts[name] = parts.get(name, 0.0) + spent
-        shown = sorted(parts.items(), key=lambda item: -item[1])
-        return [(name, _time(spent), f"{spent / self.seconds:.1%}") for name, spent in shown if spent]
+        return [(name, _time(spent), f"{spent / self.seconds:.1%}") for name, spent in self.parts().items()]
 
     def _link_rows(self) -> list[tuple[str, ...]]:
         return [

@@ -105,7 +105,9 @@ class _Walk:
 
     def kernel_seconds(self, one: Instruction) -> float:
         shapes = tuple(array.dims for array in one.arrays)
-        named = (count for (name, out), count in self.machine.kernels.items() if one.name.startswith(name) and out == shapes)
+        named = (
+            count for (name, out), count in self.machine.kernels.items() if one.name.startswith(name) and out == shapes
+        )
         return next(named, 0) / self.machine.torus.rates.kernel
 
     def use_of(self, computation: Computation, one: Instruction) -> tuple[Use, Wait]:
@@ -116,9 +118,9 @@ class _Walk:
         operands = [computation.instructions.get(operand) for operand in one.operands]
         operands = operands[:1] if kind.startswith("ragged") else operands
         count = sum(array.bytes for operand in operands if operand is not None for array in operand.arrays)
-        key = (kind, f"{count} {groups_text[groups_text.find('replica_groups'):]}")
+        key = (kind, f"{count} {groups_text[groups_text.find('replica_groups') :]}")
         if kind == "collective-permute":
-            key = (kind, f"{count} {groups_text[groups_text.find('source_target_pairs'):]}")
+            key = (kind, f"{count} {groups_text[groups_text.find('source_target_pairs') :]}")
         if key not in self.moves:
             torus, mesh = self.machine.torus, self.machine.mesh
             groups = read_groups(one.text, mesh.size)

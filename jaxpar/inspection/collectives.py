@@ -70,8 +70,8 @@ def find_collectives(
     """Returns each collective of a program that runs on a mesh, one for each array that it moves.
 
     An all-reduce of which each device keeps its part alone, as XLA's TPU compiler fuses it, counts as the
-    reduce-scatter that it is. An asynchronous one that is split over several fusions counts once. Of a conditional
-    every branch's count, though one runs.
+    reduce-scatter that it is. An asynchronous one that is split over several fusions counts once, as do the `send` and
+    `recv` by which hosts do a part of one between slices. Of a conditional every branch's count, though one runs.
 
     >>> from jaxpar.inspection.hlo import read_program
     >>> import jaxpar
@@ -92,6 +92,8 @@ def find_collectives(
             continue
         for one in computation:
             kind = one.opcode.removesuffix("-start")
+            if one.opcode == "send" and (transfer := read_transfer(one, mesh)) is not None:
+                found.append(_read_transfer(program, one, transfer, runs[computation.name]))
             if kind not in KINDS:
                 continue
             channel = (kind, one.attribute("channel_id"))
@@ -191,6 +193,13 @@ def read_transfer(one: Instruction, mesh: Mesh) -> Transfer | None:
     groups = np.array([[(number - 1) * inside + place for number in chosen] for place in range(inside)])
     named = {"ONE_TO_ONE": "collective-permute"}.get(kind[1], kind[1].lower().replace("_", "-"))
     return Transfer(name[1], named, len(chosen), axes_of_groups(groups, mesh), groups)
+
+
+def _read_transfer(program: Program, one: Instruction, transfer: Transfer, times: int | None) -> Collective:
+    array, size = one.arrays[0], transfer.slices
+    sent = wire_bytes(transfer.kind, array.bytes, size)
+    source = describe_source(program.trace(one))
+    return Collective(transfer.kind, transfer.axes, size, array, sent, times, True, True, source, _operation(one))
 
 
 def axes_of_moves(pairs: np.ndarray, mesh: Mesh) -> tuple[str, ...]:

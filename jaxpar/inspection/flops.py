@@ -66,7 +66,9 @@ def count_kernels(jaxpr: Any) -> dict[tuple[str, tuple[tuple[int, ...], ...]], i
         for eqn in left.pop().eqns:
             if eqn.primitive.name == "pallas_call":
                 grid = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
-                inside = sum(2 * math.prod(shape) * times for body in inner_jaxprs(eqn) for shape, _, times, _ in _visit(body, 1))
+                inside = sum(
+                    2 * math.prod(shape) * times for body in inner_jaxprs(eqn) for shape, _, times, _ in _visit(body, 1)
+                )
                 shapes = tuple(tuple(atom.aval.shape) for atom in eqn.outvars)
                 found[eqn.params.get("name") or "", shapes] = grid * inside
             else:
@@ -171,4 +173,8 @@ def _ragged_shape(eqn: Any) -> tuple[int, int, int, int]:
     return 1, math.prod(a) // (k or 1), k, math.prod(b) // (apart or 1)
 
 
-_SHAPES = {"dot_general": _product_shape, "conv_general_dilated": _convolution_shape, "ragged_dot_general": _ragged_shape}
+_SHAPES = {
+    "dot_general": _product_shape,
+    "conv_general_dilated": _convolution_shape,
+    "ragged_dot_general": _ragged_shape,
+}

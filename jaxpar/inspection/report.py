@@ -303,4 +303,3 @@ def _describe(one: Collective) -> str:
         f"{one.kind} over {' x '.join(one.axes) or 'no axis'} of {one.array.dtype}{list(one.array.dims)} at "
         f"{one.source or one.operation}, {format_bytes(one.bytes_a_step)} a step{times}"
     )
-

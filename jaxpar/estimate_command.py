@@ -1,0 +1,161 @@
+"""`jaxpar estimate`: how long a step takes on a pod that isn't here and what it costs, or which of several pods to take."""
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+import jaxpar
+from jaxpar.estimation.chips import read_figures
+from jaxpar.layout import format_bytes
+from jaxpar.tables import Table, align, show
+from jaxpar.targets import CHIPS
+from jaxpar.usage import UsageError
+from jaxpar.user_module import make_mesh, run_step
+
+_HEADS = ("target", "fits", "memory", "step", "a second", "MFU", "bound by", "$/hour", "$/billion", "price of")
+
+
+def estimate(options: argparse.Namespace) -> int:
+    """Returns 0 once the report is printed; 1 if the step fits none of its targets.
+
+    Raises:
+      UsageError: the options, or the module, can't be.
+    """
+    targets = [target.strip() for target in options.target.split(",") if target.strip()]
+    if not targets:
+        raise UsageError(
+            f"--target {options.target!r} names no pod; give one, as v5e-256, or several, as v5e-64,v5p-16."
+        )
+    prices = _read_prices(options.price)
+    if len(targets) == 1:
+        report = _estimate(options, targets[0], prices)
+        found: list[Any] = [report]
+        _print(report, report.to_dict(), options)
+    else:
+        found = []
+        for target in targets:
+            try:
+                found.append(_estimate(options, target, prices))
+            except UsageError as error:
+                found.append(error)
+        _compare(targets, found, options)
+    reports = [each for each in found if isinstance(each, jaxpar.Estimate)]
+    if options.chart:
+        _draw(reports, options.chart)
+    return 0 if any(report.fits for report in reports) else 1
+
+
+def _estimate(options: argparse.Namespace, target: str, prices: dict[str, float]) -> jaxpar.Estimate:
+    mesh = make_mesh(options, target)
+    chip = target.split("-")[0].split(":")[0]
+    report = functools.partial(jaxpar.estimate, dollars_an_hour=prices.get(chip), seconds=options.time_limit)
+    with _progress(f"compiling for {target}"):
+        return run_step(options, mesh, report)
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    console = Console(stderr=True)
+    with console.status(what) if console.is_terminal else contextlib.nullcontext():
+        yield
+
+
+def _read_prices(text: str | None) -> dict[str, float]:
+    prices = {}
+    for part in (text or "").split(","):
+        if not part:
+            continue
+        chip, _, price = part.partition("=")
+        try:
+            prices[chip.strip()] = float(price)
+        except ValueError:
+            raise UsageError(f"--price has {part!r}; write chips and dollars an hour, as v5e=0.6,v5p=2.") from None
+        if chip.strip() not in CHIPS:
+            raise UsageError(f"--price has the chip {chip.strip()!r}; those known are {', '.join(CHIPS)}.")
+    return prices
+
+
+def _print(report: Any, content: Any, options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps(content))
+    elif sys.stdout.isatty():
+        Console().print(report)
+    else:
+        # Tables would wrap at a width that a file doesn't have.
+        print(report)
+
+
+def _compare(targets: list[str], found: list[Any], options: argparse.Namespace) -> None:
+    rows, notes, content = [], [], []
+    for target, report in zip(targets, found, strict=True):
+        if isinstance(report, UsageError):
+            rows.append((target, "-", *["-"] * (len(_HEADS) - 2)))
+            notes.append(f"{target}: {report}")
+            content.append({"target": target, "error": str(report)})
+            continue
+        rows.append(_row(target, report))
+        notes.append(f"{target}: {read_figures()[report.target.chip]['weigh'].value}.")
+        content.append(report.to_dict())
+    notes.append(
+        "Beside time and dollars weigh: whether the task runs there (a chip's memory, its slices' sizes, kernels and dtypes "
+        "that your code needs), what the versions of JAX and libtpu that you pin support, which regions your data may be "
+        "in and who shares the project, and how long you would wait for the capacity."
+    )
+    if options.json:
+        print(json.dumps(content))
+    elif sys.stdout.isatty():
+        Console().print(show("which pod", [Table(_HEADS, rows)], notes))
+    else:
+        print("\n".join([*align(Table(_HEADS, rows)), "", *notes]))
+
+
+def _row(target: str, report: jaxpar.Estimate) -> tuple[str, ...]:
+    return (
+        target,
+        "yes" if report.fits else "NO",
+        f"{format_bytes(report.peak_bytes)} of {format_bytes(report.hbm_bytes)}",
+        f"{report.seconds:.3g} s ({report.fastest:.3g} to {report.slowest:.3g})",
+        f"{report.tokens_per_second:,.0f} {report.unit}",
+        f"{report.mfu:.1%}",
+        report.bound,
+        f"{report.dollars_an_hour:,.2f}",
+        f"{report.dollars_a_billion:,.2f}",
+        str(report.price.read),
+    )
+
+
+def _draw(reports: list[jaxpar.Estimate], path: str) -> None:
+    """Draws where the time goes, and the memory, as a PNG.
+
+    Raises:
+      UsageError: matplotlib isn't there, or the file can't be written.
+    """
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise UsageError("--chart needs matplotlib: pip install 'jaxpar[plot]'") from error
+    figure = matplotlib.figure.Figure(figsize=(10, 1.6 + 0.6 * len(reports)), layout="constrained")
+    times, memory = figure.subplots(1, 2, width_ratios=[2, 1], sharey=True)
+    names = [str(report.target) for report in reports]
+    parts = [report.parts() for report in reports]
+    left = [0.0] * len(reports)
+    for name in dict.fromkeys(name for part in parts for name in part):
+        lengths = [part.get(name, 0.0) for part in parts]
+        times.barh(names, lengths, left=left, label=name)
+        left = [a + b for a, b in zip(left, lengths, strict=True)]
+    times.set_xlabel("seconds a step")
+    times.legend(fontsize="small")
+    memory.barh(names, [report.peak_bytes / 2**30 for report in reports], label="a step takes")
+    memory.plot([report.hbm_bytes / 2**30 for report in reports], names, "k|", markersize=20, label="a chip has")
+    memory.set_xlabel("GiB a chip")
+    memory.legend(fontsize="small")
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise UsageError(f"--chart {path} can't be written: {error.strerror}.") from error

@@ -1,0 +1,80 @@
+"""Programs compiled for targets, kept on disk in a folder that is the user's alone; changes with where and how.
+
+`JAXPAR_CACHE_DIR` names another folder, or is empty for none. What is kept is text and sizes; nothing of it is run.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+_MOST = 256
+
+
+def key_of(parts: Iterable[bytes | str]) -> str:
+    """Returns a name for what the parts say together.
+
+    >>> key_of(["a", b"b"]) == key_of(["a", "b"]) != key_of(["ab"])
+    True
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def read(key: str) -> dict[str, Any] | None:
+    """Returns what was kept under a key; None if nothing was, or it is damaged."""
+    folder = _folder()
+    if folder is None:
+        return None
+    path = folder / f"{key}.json.gz"
+    try:
+        found = json.loads(gzip.decompress(path.read_bytes()))
+        os.utime(path)
+    except (OSError, EOFError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write(key: str, content: dict[str, Any]) -> None:
+    """Keeps plain data under a key, whole or not at all, and drops the oldest beyond 256."""
+    folder = _folder()
+    if folder is None:
+        return
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
+            file.write(gzip.compress(json.dumps(content).encode(), 6))
+        os.replace(file.name, folder / f"{key}.json.gz")
+        kept = sorted(folder.glob("*.json.gz"), key=lambda path: path.stat().st_mtime)
+        for path in kept[: max(len(kept) - _MOST, 0)]:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"A compiled program can't be kept in {folder}: {error}.", stacklevel=4)
+
+
+def _folder() -> pathlib.Path | None:
+    named = os.environ.get("JAXPAR_CACHE_DIR")
+    if named == "":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(named) if named else pathlib.Path(home) / "jaxpar"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError:
+        return None
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        warnings.warn(
+            f"{folder} can be written by others, so compiled programs are not kept there: chmod 700 it, or set "
+            "JAXPAR_CACHE_DIR to another folder.",
+            stacklevel=5,
+        )
+        return None
+    return folder
