@@ -1,11 +1,11 @@
-"""Does the estimate put meshes in the right order? Cases that closed-form rooflines decide, half of them drawn at random.
+"""Whether the estimate puts meshes in the right order: cases that rooflines decide, half of them drawn at random.
 
     python benchmarks/ranking.py [--drawn 12] [--seed 0]
 
-For each mesh of a case two closed forms give a step's time: the longest of its matrix products, its weights' way through
-memory and what each axis sends, as if all of it overlapped; and their sum, as if nothing did. Two meshes are decided if
-both forms put them in the same order, by more than 10 %. A case counts if three meshes or more are decided in every
-pair; only then is it compiled and estimated. Formulas: https://jax-ml.github.io/scaling-book/training.
+For each mesh of a case two closed forms give a step's time: the longest of its matrix products, its weights' way
+through memory and what each axis sends, as if all of it overlapped; and their sum, as if nothing did. Two meshes are
+decided if both forms put them in the same order, by more than 10 %. A case counts if three meshes or more are decided
+in every pair; only then is it compiled and estimated. Formulas: https://jax-ml.github.io/scaling-book/training.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def rooflines(case: Case, choice: Choice) -> tuple[float, float]:
     one_mlp = 3 * sizes.d_model * sizes.hidden
     active = sizes.layers * (attention + one_mlp * (_TOP_K if case.experts else 1))
     stored = sizes.layers * (attention + one_mlp * max(case.experts, 1)) + sizes.vocab * sizes.d_model
-    # Forward, forward again, backward; scores are two products of T each way and five back, over all or half of the keys.
+    # Forward, forward again, backward; scores are two products of T each way and five back.
     scores = sizes.layers * case.length * width * tokens * (4 + 4 + 10)
     products = 8 * active * tokens + 6 * sizes.vocab * sizes.d_model * tokens
     bubble = (choice.microbatches + axis("stage") - 1) / choice.microbatches

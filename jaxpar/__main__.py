@@ -119,8 +119,8 @@ def _add_module(parser: argparse.ArgumentParser) -> None:
         "module",
         nargs="?",
         metavar="MODULE",
-        help="a Python file or module with init_fn, loss_fn, batch and, if it likes, rules; or llama2-7b, a ready one; if "
-        "not given, the model of jaxpar train",
+        help="a Python file or module with init_fn, loss_fn, batch and, if it likes, rules; or llama2-7b, a ready one; "
+        "if not given, the model of jaxpar train",
     )
     # The optimizer's own numbers change nothing that is counted.
     parser.set_defaults(learning_rate=1e-3, steps=1)

@@ -73,8 +73,8 @@ def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds
       seconds: how long it may take.
 
     Raises:
-      AheadError: the compiler fails, aborts, isn't done in time or takes too much memory. A program too large for the memory is none of
-        these: its bytes are given.
+      AheadError: the compiler fails, aborts, isn't done in time or takes too much memory. A program too large for a
+        device's memory is none of these: its bytes are given.
       TargetError: flatbuffers, which carry the program over, aren't installed.
     """
     program, told = _describe(step, state, batch, target)

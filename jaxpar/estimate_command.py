@@ -1,4 +1,4 @@
-"""`jaxpar estimate`: how long a step takes on a pod that isn't here and what it costs, or which of several pods to take."""
+"""`jaxpar estimate`: how long a step takes on a pod that isn't here and what it costs, or which of several to take."""
 
 import argparse
 import contextlib
@@ -103,9 +103,9 @@ def _compare(targets: list[str], found: list[Any], options: argparse.Namespace) 
         notes.append(f"{target}: {read_figures()[report.target.chip]['weigh'].value}.")
         content.append(report.to_dict())
     notes.append(
-        "Beside time and dollars weigh: whether the task runs there (a chip's memory, its slices' sizes, kernels and dtypes "
-        "that your code needs), what the versions of JAX and libtpu that you pin support, which regions your data may be "
-        "in and who shares the project, and how long you would wait for the capacity."
+        "Beside time and dollars weigh the task (a chip's memory, its slices' sizes, the kernels and dtypes that your "
+        "code needs), compatibility (what the JAX and libtpu that you pin support), security (which regions your data "
+        "may be in, who shares the project), and how long you would wait for the capacity."
     )
     if options.json:
         print(json.dumps(content))

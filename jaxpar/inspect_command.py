@@ -1,4 +1,4 @@
-"""`jaxpar inspect`: what a step of the user's own, or of a model that is ready, will do on a mesh, here or on a target."""
+"""`jaxpar inspect`: what a step of the user's own, or of a ready model, will do on a mesh, here or on a target."""
 
 import argparse
 import json

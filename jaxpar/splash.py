@@ -5,6 +5,7 @@ B rows, T tokens, H query heads, K key/value heads, D head size.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,7 @@ def _run_kernel(is_causal: bool, block_size: int, q_BTHD: jax.Array, k_BTKD: jax
     mask = splash.CausalMask((length, k_BTKD.shape[1])) if is_causal else splash.FullMask((length, k_BTKD.shape[1]))
     q, kv = _block(length, block_size), _block(k_BTKD.shape[1], block_size)
     blocks = splash.BlockSizes(q, kv, kv, q, kv, kv, q, kv)
-    attend = splash.make_splash_mha(
+    attend: Any = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1
     )
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BTHD * size**-0.5, k_BTKD, v_BTKD)]

@@ -66,7 +66,7 @@ def test_groups_of_several_sizes_are_read_by_the_largest_and_no_pairs_move_nothi
     assert (one.axes, one.bytes) == ((), 0)
 
 
-def test_a_ragged_exchange_sends_its_first_operand():
+def test_a_ragged_exchange_sends_the_smaller_of_what_it_takes_and_gives():
     numbers = ", ".join(f"%n{number}" for number in range(4))
     lines = ["  %x = f32[8]{0} parameter(0)", "  %out = f32[64]{0} parameter(1)"]
     lines += [f"  %n{number} = s32[8]{{0}} parameter({number + 2})" for number in range(4)]

@@ -24,6 +24,8 @@ PUBLIC = [
     "ContextError",
     "DriftError",
     "EXPERT",
+    "Estimate",
+    "EstimationError",
     "EvalStep",
     "ExpertError",
     "ExpertKernels",
@@ -43,6 +45,7 @@ PUBLIC = [
     "PipelineError",
     "RecompileWarning",
     "ScheduleError",
+    "SplashError",
     "StateError",
     "Step",
     "Strategy",
@@ -52,6 +55,7 @@ PUBLIC = [
     "Weighted",
     "ZERO1",
     "data_parallel",
+    "estimate",
     "evaluate",
     "experts",
     "fake_devices",
@@ -69,6 +73,7 @@ PUBLIC = [
     "rules",
     "schedule",
     "sharded",
+    "splash_attention",
     "split_sequence",
     "stages",
     "testing",
@@ -96,10 +101,11 @@ CORE = [
 ]
 ENGINES = {"sharded", "data_parallel"}
 # The islands' modules, each importing only those before it and these of the core.
-ISLANDS = ["schedule", "sequence", "context", "expert", "stack", "pipeline", "pipeline_loss"]
+ISLANDS = ["schedule", "sequence", "context", "splash", "expert", "stack", "pipeline", "pipeline_loss"]
 UNDER_ISLANDS = {"targets", "mesh", "state", "loss"}
 # What reads a program's text knows nothing of steps.
 READERS = ["inspection.hlo", "inspection.collectives", "inspection.flops", "inspection.partials"]
+READERS += [f"estimation.{name}" for name in ("chips", "links", "costs", "timeline")]
 
 
 def tree_of(module):
@@ -163,6 +169,7 @@ SHOWN_ELSEWHERE = VALUES | {
     "ExpertKernels",
     "MoELosses",
     "RecompileWarning",
+    "Estimate",
     "LayoutRow",
     "Leaf",
     "Step",

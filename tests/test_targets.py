@@ -176,6 +176,7 @@ def test_nothing_can_be_put_on_what_is_not_here():
 def test_a_compile_that_fails_aborts_or_hangs_ends_with_its_reason(monkeypatch):
     target = read_target("v5e-16")
     _, step, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"))
+    monkeypatch.setenv("JAXPAR_CACHE_DIR", "")
     with pytest.raises(AheadError, match=r"The compile for v5e:4x4 was ended after 0.2 s"):
         compile_ahead(step, state, batch, target, seconds=0.2)
     monkeypatch.setattr(type(step), "export", lambda *args: type("E", (), {"serialize": lambda self: b"nothing"})())
@@ -232,3 +233,63 @@ def test_a_target_gets_the_steps_own_options_and_says_what_it_cannot_compile():
 
     with pytest.raises(AheadError, match=r"Leave out what calls back into Python, as jax\.debug\.print does"):
         jaxpar.inspect(jaxpar.make_train_step(printing, strategy), state, batch)
+
+
+@pytest.mark.slow
+def test_an_estimate_knows_math_links_and_slices():
+    sizes = Sizes(1024, 4, 8, 8, 2816)
+    _, step, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"), sizes, 64, 512)
+    report = jaxpar.estimate(step, state, batch, dollars_an_hour=2.0)
+    assert (report.tokens, report.unit, report.dollars_an_hour) == (64 * 512, "tokens", 32.0)
+    assert report.fastest < report.seconds < report.slowest
+    assert sum(report.parts().values()) == pytest.approx(report.seconds)
+    # Matrix products take what their count over the expected rate says, since all of the dims are multiples of 128.
+    flops = sum(one.flops for one in jaxpar.inspect(step, state, batch).products)
+    assert report.busy["math"] <= 1.05 * flops / 16 / (0.9 * 197e12)
+    assert {wait.axes for wait in report.sent} >= {("fsdp",)}
+    _, step, state, batch = start(jaxpar.make_mesh(data=2, fsdp=16, target="v5e-16", slices=2), sizes, 128, 512)
+    slices = jaxpar.estimate(step, state, batch)
+    assert slices.seconds > report.seconds
+    assert {(wait.axes, wait.link) for wait in slices.sent} >= {(("data",), "DCN"), (("fsdp",), "ICI")}
+    assert any(one.crosses_slices and one.axes == ("data",) for one in jaxpar.inspect(step, state, batch).collectives)
+    for given in (0, -1, True, "2"):
+        with pytest.raises(jaxpar.EstimationError, match="give a number above 0"):
+            jaxpar.estimate(step, state, batch, tokens=given)
+
+
+@pytest.mark.slow
+def test_a_kernel_is_compiled_and_counted():
+    mesh = jaxpar.make_mesh(fsdp=4, model=4, target="v5e-16")
+    strategy = jaxpar.sharded(mesh, jaxpar.MEGATRON, jaxpar.FSDP)
+    attend = functools.partial(jaxpar.splash_attention, is_causal=True)
+    sizes = Sizes(512, 2, 4, 4, 1024)
+    model = functools.partial(Transformer, sizes, attend=attend, remat="full", is_tied=False)
+    init_fn = lambda rng: jaxpar.TrainState.create(model(rngs=nnx.Rngs(rng)), optax.sgd(1.0))
+    step = jaxpar.make_train_step(loss_fn, strategy, compute_dtype=jnp.bfloat16)
+    batch = {key: jax.ShapeDtypeStruct((16, 512), jnp.int32) for key in "xy"}
+    report = jaxpar.estimate(step, strategy.abstract_state(init_fn), batch)
+    # Forward, forward again, and five products backward in two kernels that do two over; half of the peak.
+    products = (2 + 2 + 7) * 2 * 4 * 512 * 512 * 128
+    assert report.busy["kernels"] == pytest.approx(2 * products / (0.5 * 197e12), rel=0.3)
+
+
+@pytest.mark.slow
+def test_a_program_compiled_before_is_read_from_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXPAR_CACHE_DIR", str(tmp_path / "programs"))
+    mesh = jaxpar.make_mesh(fsdp=16, target="v5e-16")
+    _, step, state, batch = start(mesh)
+    first = compile_ahead(step, state, batch, read_target("v5e-16"))
+    monkeypatch.setattr("jaxpar.ahead._run", lambda *args: pytest.fail("compiled again"))
+    assert compile_ahead(step, state, batch, read_target("v5e-16")) == first
+    _, step, state, batch = start(mesh, compiler_options={"xla_tpu_enable_async_collective_fusion": False})
+    with pytest.raises(pytest.fail.Exception, match="compiled again"):
+        compile_ahead(step, state, batch, read_target("v5e-16"))
+
+
+@pytest.mark.slow
+def test_a_compile_that_takes_too_much_memory_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXPAR_CACHE_DIR", str(tmp_path / "programs"))
+    monkeypatch.setattr("jaxpar.ahead._MEMORY", 1e-6)
+    _, step, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"))
+    with pytest.raises(AheadError, match=r"took .* of this machine's memory, of .* allowed, and was ended"):
+        compile_ahead(step, state, batch, read_target("v5e-16"))

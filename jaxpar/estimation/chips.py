@@ -1,4 +1,4 @@
-"""What chips, links and prices are, as `chips.toml` lists them, each with its source; changes with that table's form."""
+"""What chips, links and prices are, as `chips.toml` lists them with their sources; changes with that table's form."""
 
 import datetime
 import functools

@@ -1,7 +1,8 @@
 """What one instruction does: matrix operations and bytes of memory; changes with how XLA fuses and lays out.
 
 Bytes are those of the large memory alone, with what rounding up to tiles adds; of a slice, a gather or an update in
-place, only the part that moves. Operations count the idle part of the matrix units where a product is smaller than them.
+place, only the part that moves. Operations count the idle part of the matrix units where a product is smaller than
+they are.
 """
 
 import math
@@ -90,8 +91,8 @@ def read_dot(text: str, left: Array, right: Array, out: Array) -> Product:
 def read_convolution(text: str, left: Array, right: Array, out: Array) -> Product:
     """Returns the product that a `convolution` is; on TPU every matrix product is written as one.
 
-    A spatial dim may be one of rows (the kernel has size 1), of columns (the input has size 1, padded), an inner one (the
-    output has size 1), or one of the batch (each place of the output meets one of the kernel).
+    A spatial dim may be one of rows (the kernel has size 1), of columns (the input has size 1, padded), an inner one
+    (the output has size 1), or one of the batch (each place of the output meets one of the kernel).
 
     >>> text = "window={size=1x32 pad=0_0x31_31 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f"
     >>> read_convolution(text, Array("bf16", (6, 2048, 5120, 1)), Array("bf16", (5120, 32, 256, 1)),

@@ -1,8 +1,8 @@
 """How long a collective takes on the links of its own axis: rings, lines and split dims of a torus, and the network.
 
 W is what a link carries one way. On a ring of n chips each gathers what n-1 others have by both of its links: B (n-1)/n
-bytes at 2 W. On a line the chip at its end has one: W. Axes that fill several dims of the torus use all of their links at
-once. An all-reduce is a reduce-scatter and a gather; an all-to-all sends a fourth of a gather's bytes over a ring's
+bytes at 2 W. On a line the chip at its end has one: W. Axes that fill several dims of the torus use all of their links
+at once. An all-reduce is a reduce-scatter and a gather; an all-to-all sends a fourth of a gather's bytes over a ring's
 busiest link (https://jax-ml.github.io/scaling-book/sharding).
 """
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxpar.estimation.chips import Rates
 from jaxpar.estimation.costs import work_of
 from jaxpar.estimation.links import DCN, ICI, Torus, Use, time_collective, time_network
-from jaxpar.inspection.collectives import KINDS, axes_of_groups, axes_of_moves, read_groups, read_transfer
+from jaxpar.inspection.collectives import KINDS, arrays_sent, axes_of_groups, axes_of_moves, read_groups, read_transfer
 from jaxpar.inspection.hlo import Computation, Instruction, Program, loop_trips
 
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
@@ -54,11 +54,20 @@ class Spent:
 
 
 class Machine(NamedTuple):
-    """What a program runs on: its mesh, where its devices are, and the operations of one call of each Pallas kernel."""
+    """What a program runs on.
+
+    Attributes:
+      mesh: its devices.
+      torus: where they are, and what their links carry.
+      kernels: the operations in one call of each Pallas kernel, by its name and its outputs' shapes.
+      gathers: whether a sum of parts that lie in zeros, as XLA writes some gathers, takes a gather's time; else it
+        takes a sum's, which is twice as long.
+    """
 
     mesh: Mesh
     torus: Torus
     kernels: Mapping[tuple[str, tuple[tuple[int, ...], ...]], int]
+    gathers: bool = False
 
 
 def walk(program: Program, machine: Machine) -> Spent:
@@ -103,22 +112,55 @@ class _Walk:
         inner = self.program.computations.get(name)
         return next((one for one in inner or () if one.opcode.removesuffix("-start") in KINDS), None)
 
-    def kernel_seconds(self, one: Instruction) -> float:
+    def kernel_seconds(self, computation: Computation, one: Instruction) -> float:
+        if one.name.startswith("ragged-dot"):
+            return self._grouped_flops(computation, one) / self.machine.torus.rates.kernel
         shapes = tuple(array.dims for array in one.arrays)
         named = (
             count for (name, out), count in self.machine.kernels.items() if one.name.startswith(name) and out == shapes
         )
         return next(named, 0) / self.machine.torus.rates.kernel
 
+    def _grouped_flops(self, computation: Computation, one: Instruction) -> float:
+        """Those of a grouped product: over an `expert` axis, of as many rows as a device gets if all get alike.
+
+        Its buffers have room for the worst case, of whose empty rows the kernel computes nothing.
+        """
+        operands = [computation.instructions.get(name) for name in one.operands]
+        arrays = [each.arrays[0] for each in operands if each is not None and len(each.arrays) == 1]
+        left = next((array for array in arrays if len(array.dims) == 2), None)
+        if left is None:
+            return 0.0
+        out = one.arrays[0].dims
+        return 2.0 * math.prod(left.dims) * out[-1] / self.machine.mesh.shape.get("expert", 1)
+
+    def _lies_in_zeros(self, computation: Computation, names: tuple[str, ...]) -> bool:
+        """Whether all that is summed are arrays of zeros into which each device has written a part."""
+
+        def written(computation: Computation, name: str, outer: dict[str, str]) -> bool:
+            one = computation.instructions.get(name)
+            while one is not None and one.opcode in ("copy", "bitcast", "copy-done", "copy-start", "convert"):
+                one = computation.instructions.get(one.operands[0])
+            if one is None:
+                return False
+            if one.opcode == "fusion" and one.called and one.called[0] in self.program.computations:
+                inner = self.program.computations[one.called[0]]
+                given = [computation.instructions[operand].opcode for operand in one.operands]
+                named = dict(zip((each.name for each in inner.parameters), given, strict=False))
+                return written(inner, inner.root, named)
+            target = computation.instructions.get(one.operands[0]) if one.opcode == "dynamic-update-slice" else None
+            return target is not None and "broadcast" in (target.opcode, outer.get(target.name))
+
+        return all(written(computation, name, {}) for name in names)
+
     def use_of(self, computation: Computation, one: Instruction) -> tuple[Use, Wait]:
         kind = one.opcode.removesuffix("-start")
         if kind == "all-reduce" and "reduce-scatter" in computation.name.replace("_", "-"):
             kind = "reduce-scatter"
+        is_gather = self.machine.gathers and kind == "all-reduce" and self._lies_in_zeros(computation, one.operands)
         groups_text = one.text[: one.text.find("metadata=")] if "metadata=" in one.text else one.text
-        operands = [computation.instructions.get(operand) for operand in one.operands]
-        operands = operands[:1] if kind.startswith("ragged") else operands
-        count = sum(array.bytes for operand in operands if operand is not None for array in operand.arrays)
-        key = (kind, f"{count} {groups_text[groups_text.find('replica_groups') :]}")
+        count = sum(array.bytes for array in arrays_sent(computation, one))
+        key = (kind, f"{count} {is_gather} {groups_text[groups_text.find('replica_groups') :]}")
         if kind == "collective-permute":
             key = (kind, f"{count} {groups_text[groups_text.find('source_target_pairs') :]}")
         if key not in self.moves:
@@ -126,6 +168,7 @@ class _Walk:
             groups = read_groups(one.text, mesh.size)
             axes = axes_of_moves(groups, mesh) if kind == "collective-permute" else axes_of_groups(groups, mesh)
             use = time_collective(torus, kind, groups, count)
+            use = use._replace(seconds=use.seconds / 2) if is_gather else use
             self.moves[key] = use, Wait(axes, DCN if DCN in use.links else ICI)
         return self.moves[key]
 
@@ -244,11 +287,12 @@ class _Track:
         rates = self.walk.machine.torus.rates
         work = work_of(self.walk.program, self.computation, one, rates.array)
         products, memory = work.flops / rates.math, work.bytes / rates.hbm
-        kernel = self.walk.kernel_seconds(one) if one.opcode == "custom-call" else 0.0
+        kernel = self.walk.kernel_seconds(self.computation, one) if one.opcode == "custom-call" else 0.0
         seconds = max(products, memory, kernel)
         bound = KERNEL if kernel == seconds else MATH if products == seconds else MEMORY
-        self.spent.busy[bound] = self.spent.busy.get(bound, 0.0) + seconds
-        self._pass(seconds, memory)
+        if seconds:
+            self.spent.busy[bound] = self.spent.busy.get(bound, 0.0) + seconds
+            self._pass(seconds, memory)
 
     def _pass(self, seconds: float, memory: float) -> None:
         """Time goes by, of which the memory was in use for so long: copies under way get the rest of it."""

@@ -229,22 +229,35 @@ def _read_one(
         other.attribute("custom_call_target") == "AsyncCollectiveStart" for other in computation
     )
     frames = program.trace(one)
-    # The others of a ragged one are where it puts what comes, and how much.
-    for name in one.operands[:1] if kind.startswith("ragged") else one.operands:
-        operand = computation.instructions.get(name)
-        for array in operand.arrays if operand else ():
-            yield Collective(
-                kind,
-                axes,
-                size,
-                array,
-                wire_bytes(kind, array.bytes, size),
-                times,
-                is_asynchronous,
-                bool((slices[groups] != slices[groups[:, :1]]).any()),
-                describe_source(frames),
-                _operation(one),
-            )
+    for array in arrays_sent(computation, one):
+        yield Collective(
+            kind,
+            axes,
+            size,
+            array,
+            wire_bytes(kind, array.bytes, size),
+            times,
+            is_asynchronous,
+            bool((slices[groups] != slices[groups[:, :1]]).any()),
+            describe_source(frames),
+            _operation(one),
+        )
+
+
+def arrays_sent(computation: Computation, one: Instruction) -> list[Array]:
+    """Returns what a device puts into a collective.
+
+    Of a ragged exchange it is the smaller of what it takes and gives: the larger has room for the worst case. Its other
+    operands tell how much goes where.
+    """
+    operands = [computation.instructions.get(name) for name in one.operands]
+    if one.opcode.startswith("ragged"):
+        return sorted((array for each in (operands[0], one) if each for array in each.arrays[:1]), key=_bytes_of)[:1]
+    return [array for operand in operands if operand for array in operand.arrays]
+
+
+def _bytes_of(array: Array) -> int:
+    return array.bytes
 
 
 def wire_bytes(kind: str, count: int, size: int) -> int:

@@ -114,8 +114,9 @@ def inner_jaxprs(eqn: Any) -> Iterator[Any]:
 
 
 def _visit(
-    jaxpr: Any, times: int, needed: list[bool] | None = None, again: bool = False
+    jaxpr: Any, times: int, needed: list[bool] | None = None, again: bool = False, spare: int = 1
 ) -> Iterator[tuple[tuple[int, int, int, int], str, int, bool]]:
+    """The products, times and whether they are again; of `spare` rows of a grouped product one is in use."""
     outside = again
     for eqn, outs in live_equations(jaxpr, needed):
         name = eqn.primitive.name
@@ -123,17 +124,21 @@ def _visit(
         again = outside or "rematted_computation" in str(eqn.source_info.name_stack)
         shape_of = _SHAPES.get(name)
         if shape_of is not None:
-            yield shape_of(eqn), str(eqn.invars[0].aval.dtype), times, again
+            batch, rows, inner_size, columns = shape_of(eqn)
+            rows = rows // spare if name.startswith("ragged") else rows
+            yield (batch, rows, inner_size, columns), str(eqn.invars[0].aval.dtype), times, again
         inner = list(inner_jaxprs(eqn))
         if name == "cond":
             # One branch runs: the costliest is what a device may have to do.
-            branches = [list(_visit(body, times, again=again)) for body in inner]
+            branches = [list(_visit(body, times, None, again, spare)) for body in inner]
             yield from max(
                 branches, key=lambda rows: sum(math.prod(shape) * count for shape, _, count, _ in rows), default=[]
             )
             continue
         for body in inner:
-            yield from _visit(body, times * _repeats(eqn), needed_inside(eqn, body, outs), again)
+            # Over an `expert` axis each device has room for the rows of all: see jaxpar.mixture_of_experts.
+            room = eqn.params["mesh"].shape["expert"] if "expert" in eqn.params.get("newly_manual_axes", ()) else spare
+            yield from _visit(body, times * _repeats(eqn), needed_inside(eqn, body, outs), again, room)
 
 
 def _repeats(eqn: Any) -> int:

@@ -22,7 +22,6 @@ from jaxpar.step import Step
 from jaxpar.tables import Table, align, show, to_html
 from jaxpar.targets import target_of
 
-
 _MEMORY = ("memory", "a device")
 _TRAFFIC = ("sent by a device in a step", "over", "bytes", "at least", "ratio")
 _COLLECTIVES = ("collective", "over", "bytes", "times", "", "from")

@@ -1,0 +1,92 @@
+"""Attention by JAX's TPU kernel: elsewhere it is JAX's own, its kernel is exact, and what it can't take is named."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpar
+from jaxpar.splash import SplashError
+
+
+def draw(batch=2, length=256, heads=4, kv_heads=2, size=8):
+    shapes = [(batch, length, count, size) for count in (heads, kv_heads, kv_heads)]
+    return [
+        jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "model": 2}, {"fsdp": 2}])
+def test_it_is_jaxs_own_attention_on_every_mesh(is_causal, axes):
+    q, k, v = draw()
+    attend = functools.partial(jaxpar.splash_attention, is_causal=is_causal)
+    loss = lambda attend: lambda *x: (attend(*x) ** 2).sum()
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
+    gradients = jax.grad(loss(functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)), (0, 1, 2))(q, k, v)
+    size = int(np.prod(list(axes.values()), initial=1))
+    mesh = (
+        jaxpar.make_mesh(devices=jax.devices()[:size], **axes)
+        if axes
+        else jaxpar.make_mesh(data=1, devices=jax.devices()[:1])
+    )
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(jax.jit(attend)(q, k, v), expected, atol=1e-5)
+        for got, wanted in zip(jax.jit(jax.grad(loss(attend), (0, 1, 2)))(q, k, v), gradients, strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_kernel_is_exact_where_it_is_interpreted(monkeypatch):
+    splash = importlib.import_module("jaxpar.splash")
+    kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.splash_attention")
+    make = functools.partial(kernels.make_splash_mha, interpret=True)
+    monkeypatch.setattr(kernels, "make_splash_mha", make)
+    q, k, v = draw(batch=1, length=256, size=128)
+    got = splash._run_kernel(True, 128, q, k, v)
+    np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, is_causal=True), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        (((2, 256, 4, 8), (2, 256, 3, 8)), {}, "q has 4 heads, which do not divide by the 3 of k and v"),
+        (((2, 100, 4, 8), (2, 100, 4, 8)), {}, "q has 100 tokens and k 100; the kernel takes multiples of 128"),
+        (((2, 256, 4, 8), (2, 256, 4, 8)), {"block_size": 100}, "block_size is 100; the kernel takes multiples of 128"),
+        (((256, 4, 8), (256, 4, 8)), {}, r"q, k and v have shapes .*; give \(B, T, H, D\)"),
+        (((2, 256, 4, 8), (3, 256, 4, 8)), {}, r"give \(B, T, H, D\), and \(B, S, K, D\) twice, with the same B and D"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_named(shapes, options, message):
+    q, k = (jnp.ones(shape) for shape in shapes)
+    with pytest.raises(SplashError, match=message):
+        jaxpar.splash_attention(q, k, k, **options)
+
+
+@pytest.mark.parametrize(
+    ("axes", "kv_heads", "message"),
+    [
+        ({"data": 8}, 2, r"q has 2 rows, which do not divide by 8, the size of \('data',\)"),
+        ({"data": 2, "model": 4}, 2, "k has 2 heads, which do not divide by 4, the size of 'model'"),
+    ],
+)
+def test_rows_and_heads_divide_over_the_mesh(axes, kv_heads, message):
+    q, k, v = draw(kv_heads=kv_heads)
+    with jax.set_mesh(jaxpar.make_mesh(**axes)), pytest.raises(SplashError, match=message):
+        jax.jit(jaxpar.splash_attention)(q, k, v)
+
+
+def test_in_an_island_it_does_not_stand_beside_axes_of_the_compilers():
+    q, k, v = draw(batch=4)
+    spec = jax.sharding.PartitionSpec()
+    island = jax.shard_map(
+        jaxpar.splash_attention, in_specs=spec, out_specs=spec, axis_names={"stage"}, check_vma=False
+    )
+    with (
+        jax.set_mesh(jaxpar.make_mesh(fsdp=2, stage=4)),
+        pytest.raises(jaxpar.MeshError, match="in an island over 'stage'"),
+    ):
+        jax.jit(island)(q, k, v)
