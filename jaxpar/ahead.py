@@ -6,6 +6,7 @@ FOLDER` is that process. An abort of the compiler, as for shapes it doesn't know
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -77,15 +78,17 @@ def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds
         device's memory is none of these: its bytes are given.
       TargetError: flatbuffers, which carry the program over, aren't installed.
     """
-    program, told = _describe(step, state, batch, target)
+    exported, told = _describe(step, state, batch, target)
     options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu")]
-    key = program_cache.key_of([program, told, str(target), *options, *versions])
+    # The lines of Python that lead here are in it, since reports tell them.
+    key = program_cache.key_of([exported.mlir_module(), told, str(target), *options, *versions])
     if (kept := program_cache.read(key)) is not None and set(kept) == set(CompiledProgram._fields):
         return CompiledProgram(**kept)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxpar-"))
     try:
-        (folder / _PROGRAM).write_bytes(program)
+        _check_flatbuffers(target)
+        (folder / _PROGRAM).write_bytes(exported.serialize())
         (folder / _MESH).write_text(told)
         compiled = _run(folder, target, seconds)
     finally:
@@ -94,14 +97,12 @@ def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds
     return compiled
 
 
-def _describe(step: Step, state: Any, batch: Any, target: Target) -> tuple[bytes, str]:
+def _describe(step: Step, state: Any, batch: Any, target: Target) -> tuple[export.Exported, str]:
     """The step's program, and as JSON what else the process that compiles it must know."""
     mesh = step.strategy.mesh
     order = {device: number for number, device in enumerate(target_devices(target))}
     try:
-        program = bytes(step.export(state, batch).serialize())
-    except ImportError as error:
-        raise TargetError(f"target {target} needs flatbuffers: pip install 'jaxpar[plan]'") from error
+        exported = step.export(state, batch)
     except NotImplementedError as error:
         raise AheadError(
             f"The step can't be compiled for {target}: {error}. Leave out what calls back into Python, as "
@@ -115,7 +116,12 @@ def _describe(step: Step, state: Any, batch: Any, target: Target) -> tuple[bytes
         "compiler_options": step.compiler_options,
         "x64": bool(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
     }
-    return program, json.dumps(told)
+    return exported, json.dumps(told)
+
+
+def _check_flatbuffers(target: Target) -> None:
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise TargetError(f"target {target} needs flatbuffers: pip install 'jaxpar[plan]'")
 
 
 def _run(folder: pathlib.Path, target: Target, seconds: float) -> CompiledProgram:

@@ -508,6 +508,7 @@ def make_estimate(**changes):
         "sent": {ALL: 0.8},
         "price": read_figures()["v5e"]["dollars_an_hour"],
         "unknown_loops": 0,
+        "windows": 0.0,
     }
     return jaxpar.Estimate(**{**values, **changes})
 
@@ -528,4 +529,5 @@ def test_a_report_adds_up():
         assert "read 2026" in shown
     assert "does NOT fit" in str(make_estimate(peak_bytes=2**35))
     assert "Ambiguous" in str(make_estimate(if_gathered=1.5))
+    assert "windowed einsum" in str(make_estimate(windows=0.5))
     assert "unknown number of times" in str(make_estimate(unknown_loops=2))

@@ -49,6 +49,7 @@ class Estimate:
       sent: seconds in which those links carry something, hidden behind work or not.
       price: of a chip, in dollars an hour.
       unknown_loops: loops whose trips the compiler doesn't tell, each counted once.
+      windows: seconds in rings of permutes that XLA makes of a product and its collective, and runs one by one.
     """
 
     strategy: str
@@ -68,6 +69,7 @@ class Estimate:
     sent: Mapping[Wait, float]
     price: Figure
     unknown_loops: int
+    windows: float
 
     @property
     def fits(self) -> bool:
@@ -136,6 +138,7 @@ class Estimate:
             "mfu": self.mfu,
             "bound": self.bound,
             "busy": dict(self.busy),
+            "windows": self.windows,
             "links": links,
             "dollars_an_hour": self.dollars_an_hour,
             f"dollars_a_billion_{self.unit}": self.dollars_a_billion,
@@ -201,6 +204,12 @@ class Estimate:
             notes.append(
                 "Ambiguous: XLA writes some gathers as sums of parts in zeros, which send twice as much. As written a "
                 f"step takes {_time(self.seconds)}; {_time(self.if_gathered)} if the chip gathers."
+            )
+        if self.windows > 0.02 * self.seconds:
+            notes.append(
+                f"For {_time(self.windows)} XLA passes parts round in rings, in step with products (windowed einsum), "
+                "not beside them; compiler_options={'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'} makes "
+                "whole collectives of them, which may be faster."
             )
         if self.unknown_loops:
             notes.append(f"{self.unknown_loops} loops run an unknown number of times, and were counted once.")
@@ -281,6 +290,7 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
         expected.sent,
         price,
         expected.unknown_loops,
+        expected.windows,
     )
 
 

@@ -35,18 +35,29 @@ class Wait(NamedTuple):
 
 @dataclasses.dataclass
 class Spent:
-    """Seconds: all, those bound by math, memory and kernels, those that each kind of wait takes, and hidden ones."""
+    """What a program, or a part of it, takes.
+
+    Attributes:
+      seconds: in all.
+      busy: those bound by math, memory and kernels.
+      waits: those in which it waits for others.
+      sent: those in which links carry something, hidden behind work or not.
+      unknown_loops: how many loops' trips the compiler doesn't tell.
+      windows: those of permutes that stand alone in loops that XLA makes of a product and its collective.
+    """
 
     seconds: float = 0.0
     busy: dict[str, float] = dataclasses.field(default_factory=dict)
     waits: dict[Wait, float] = dataclasses.field(default_factory=dict)
     sent: dict[Wait, float] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
+    windows: float = 0.0
 
     def add(self, other: "Spent", times: float = 1.0) -> None:
         """Adds what another took, so many times."""
         self.seconds += other.seconds * times
         self.unknown_loops += other.unknown_loops
+        self.windows += other.windows * times
         for name in ("busy", "waits", "sent"):
             mine = getattr(self, name)
             for key, seconds in getattr(other, name).items():
@@ -202,7 +213,10 @@ class _Track:
         elif opcode == "call":
             self._join(self.walk.run(one.called[0]))
         elif opcode in KINDS:
+            before = self.now
             self._wait(self._start(one.name, *self.walk.use_of(self.computation, one)))
+            if "windowed_dot_general" in self.computation.name:
+                self.spent.windows += self.now - before
         elif opcode.removesuffix("-start") in KINDS:
             self._start(one.name, *self.walk.use_of(self.computation, one))
         elif opcode.removesuffix("-done") in KINDS:
