@@ -141,13 +141,19 @@ def build(row: dict[str, str], options: dict[str, Any] | None = None) -> tuple[A
         "make_mlp": SwiGLU if row["gated"] == "yes" else ReluMLP,
         "make_block": ParallelBlock if row["parallel_block"] == "yes" else SerialBlock,
         "is_tied": row["tied_embed"] == "yes",
-        "remat": _REMATS[row["remat"]],
+        "remat": _remat_of(row),
     }
     init_fn = lambda rng: jaxpar.TrainState.create(Transformer(sizes, **parts, rngs=nnx.Rngs(rng)), optax.adamw(1e-3))
     step = jaxpar.make_train_step(loss_fn, strategy, compute_dtype=jnp.bfloat16, compiler_options=options)
     rows = round(float(row["per_device_batch"]) * mesh.size)
     batch = {key: jax.ShapeDtypeStruct((rows, number("seq_len")), jnp.int32) for key in ("x", "y")}
     return step, strategy.abstract_state(init_fn), batch
+
+
+def _remat_of(row: dict[str, str]) -> str:
+    if row["remat"] not in _REMATS:
+        raise ValueError(f"remat is {row['remat']!r}; it is one of {', '.join(_REMATS)}")
+    return _REMATS[row["remat"]]
 
 
 def run(row: dict[str, str]) -> Outcome:
@@ -190,7 +196,7 @@ def main() -> None:
         try:
             outcome = run(row)
         except (KeyError, ValueError, TypeError, jaxpar.AheadError) as error:
-            print(f"{row['id']:<18} not estimated: {type(error).__name__}: {error}", flush=True)
+            print(f"{row['id']:<18} not estimated: {error}", flush=True)
             continue
         error, bare_error = (seconds / outcome.published - 1 for seconds in (outcome.estimated, outcome.bare))
         errors.append(abs(error))

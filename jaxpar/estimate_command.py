@@ -140,7 +140,7 @@ def _draw(reports: list[jaxpar.Estimate], path: str) -> None:
         import matplotlib.figure
     except ImportError as error:
         raise UsageError("--chart needs matplotlib: pip install 'jaxpar[plot]'") from error
-    figure = matplotlib.figure.Figure(figsize=(10, 1.6 + 0.6 * len(reports)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(10, 2.6 + 0.6 * len(reports)), layout="constrained")
     times, memory = figure.subplots(1, 2, width_ratios=[2, 1], sharey=True)
     names = [str(report.target) for report in reports]
     parts = [report.parts() for report in reports]
@@ -150,11 +150,10 @@ def _draw(reports: list[jaxpar.Estimate], path: str) -> None:
         times.barh(names, lengths, left=left, label=name)
         left = [a + b for a, b in zip(left, lengths, strict=True)]
     times.set_xlabel("seconds a step")
-    times.legend(fontsize="small")
     memory.barh(names, [report.peak_bytes / 2**30 for report in reports], label="a step takes")
     memory.plot([report.hbm_bytes / 2**30 for report in reports], names, "k|", markersize=20, label="a chip has")
     memory.set_xlabel("GiB a chip")
-    memory.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
