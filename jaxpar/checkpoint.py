@@ -1,0 +1,338 @@
+"""Checkpoints that move: saved under one layout, restored under any other, and refused where a bit has changed."""
+
+import contextlib
+import pathlib
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpar.manifest import NAME, ManifestError, check_manifest, read_manifest, write_manifest
+from jaxpar.state import is_key, named_leaves
+
+_KEY = "key"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be written, or must not be restored: the message names it, and what to do."""
+
+
+class CheckpointWarning(UserWarning):
+    """A damaged or unfinished checkpoint was passed over."""
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` gives.
+
+    Attributes:
+      state: laid out as the one it was given.
+      step: the number under which it was saved.
+      data: what was saved beside it; None if nothing was.
+    """
+
+    state: Any
+    step: int
+    data: Any
+
+
+class Checkpoints:
+    """A folder of checkpoints, the last few kept: of states of any strategy, mesh and number of processes.
+
+    Orbax writes them, while the steps go on. Then a manifest with a SHA-256 digest of each file is written; a
+    checkpoint without one was not finished, and one with another digest is damaged: neither is restored. Every process
+    calls the same methods, in the same order. Use it in a `with`, or `close` it.
+
+    Args:
+      directory: the folder, one that all processes see; it is made if it isn't there.
+      every: `save` saves where the step divides by it.
+      keep: how many to keep, the latest; None for all.
+
+    Raises:
+      CheckpointError: the folder can't be made or written, or a number can't be.
+
+    >>> import jaxpar, optax, tempfile
+    >>> from flax import nnx
+    >>> init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(64, 32, rngs=nnx.Rngs(rng)), optax.adam(1e-3))
+    >>> one, all_of_them = jaxpar.data_parallel(), jaxpar.sharded(jaxpar.make_mesh(fsdp=8), jaxpar.FSDP)
+    >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, every=1) as checkpoints:
+    ...     _ = checkpoints.save(one.init(init_fn, jax.random.key(0)))
+    ...     restored = checkpoints.restore(all_of_them.abstract_state(init_fn))
+    >>> restored.step, restored.state.params["kernel"].sharding.spec
+    (0, P('fsdp', None))
+    """
+
+    def __init__(self, directory: str | pathlib.Path, *, every: int = 1000, keep: int | None = 3):
+        if not isinstance(directory, str | pathlib.Path) or not str(directory) or "\0" in str(directory):
+            raise CheckpointError(f"directory is {directory!r}; give the path of a folder.")
+        for name, number in (("every", every), ("keep", keep)):
+            if number is None and name == "keep":
+                continue
+            if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+                raise CheckpointError(f"{name} is {number!r}; give a whole number, 1 or more.")
+        self.directory, self.every, self.keep = pathlib.Path(directory).absolute(), int(every), keep
+        self._finishing: threading.Thread | None = None
+        self._failed: Exception | None = None
+        with _named(f"The checkpoint folder {self.directory} can't be made"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                # What a save that was cut off has left.
+                for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are there and finished, in order."""
+        with _named(f"The checkpoint folder {self.directory} can't be read"):
+            found = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
+        return sorted(step for step in found if (self._folder(step) / NAME).exists())
+
+    def save(self, state: Any, *, step: int | None = None, data: Any = None, force: bool = False) -> bool:
+        """Saves a state if its step is one to save; returns whether it does. The steps may go on meanwhile.
+
+        A save that failed since the last call raises now: the checkpoints before it are as they were.
+
+        Args:
+          state: a `TrainState`, or any pytree of arrays.
+          step: its number; by default `state.step`.
+          data: plain data to keep beside it, as a data iterator's place: what JSON takes.
+          force: save whatever the step is.
+
+        Raises:
+          CheckpointError: the one before, or this one, can't be written.
+        """
+        number = int(state.step if step is None else step)
+        if number < 0:
+            raise CheckpointError(f"step is {number}; give a whole number, 0 or more.")
+        if not force and number % self.every:
+            return False
+        self.wait()
+        leaves = {path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in named_leaves(state)}
+        content = {
+            "step": number,
+            "data": data,
+            "leaves": {path: [list(np.shape(leaf)), _dtype_of(leaf)] for path, leaf in named_leaves(state)},
+            "devices": len(jax.tree.leaves(state)[0].sharding.device_set),
+            "processes": jax.process_count(),
+        }
+        with _named(f"Step {number} can't be saved in {self.directory}"):
+            response = _orbax().save_async(self._folder(number), leaves, overwrite=True)
+        self._finishing = threading.Thread(target=self._finish, args=(response, number, content), daemon=True)
+        self._finishing.start()
+        return True
+
+    def wait(self) -> None:
+        """Returns once what is being saved is there, and what is too old is gone.
+
+        Raises:
+          CheckpointError: it can't be written.
+        """
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise CheckpointError(f"A checkpoint in {self.directory} can't be written: {failed}.") from failed
+        for step in self.steps[: -self.keep] if self.keep else []:
+            if jax.process_index() == 0:
+                shutil.rmtree(self._folder(step), ignore_errors=True)
+
+    def close(self) -> None:
+        """Waits for what is being saved, and lets the folder go."""
+        self.wait()
+
+    def verify(self, step: int) -> dict[str, Any]:
+        """Returns what a checkpoint's manifest tells, once every file has the digest that it had when it was saved.
+
+        Raises:
+          CheckpointError: it is damaged, unfinished or not there.
+        """
+        try:
+            return check_manifest(self._folder(step))
+        except ManifestError as error:
+            raise CheckpointError(f"Checkpoint {step} must not be restored: {error}.") from error
+
+    def restore(self, like: Any, *, step: int | None = None, verify: bool = True) -> Restored:
+        """Returns the state of a checkpoint, laid out as another one is; that one's static part is kept.
+
+        Args:
+          like: a state, or what `strategy.abstract_state(init_fn)` gives: its leaves say what is needed and where.
+          step: which; by default the latest that is whole. Those passed over are told by a `CheckpointWarning`.
+          verify: whether to compare every file's digest first.
+
+        Raises:
+          CheckpointError: there is none, it is damaged, or its leaves, shapes or dtypes are not those that are needed.
+        """
+        self.wait()
+        chosen = _agree(lambda: self._choose(step, verify))
+        content = _agree_content(self._folder(chosen))
+        _check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")
+        with _named(f"Checkpoint {chosen} in {self.directory} can't be read"):
+            _check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)
+            loaded = _orbax().load(self._folder(chosen), {path: _abstract(leaf) for path, leaf in named_leaves(like)})
+        leaves = [_as_key(loaded[path], leaf) if is_key(leaf) else loaded[path] for path, leaf in named_leaves(like)]
+        return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves), chosen, content["data"])
+
+    def _choose(self, step: int | None, verify: bool) -> int:
+        """The step to restore: the one that is asked for, or the latest that is whole."""
+        check = self.verify if verify else lambda step: read_manifest(self._folder(step))
+        if step is not None:
+            try:
+                check(int(step))
+            except ManifestError as error:
+                raise CheckpointError(f"Checkpoint {step} must not be restored: {error}.") from error
+            except CheckpointError as error:
+                others = [other for other in self.steps if other != step]
+                raise CheckpointError(f"{error} Others in {self.directory} are {others or 'none'}.") from error
+            return int(step)
+        passed: list[str] = []
+        for candidate in reversed(self.steps):
+            try:
+                check(candidate)
+            except (CheckpointError, ManifestError) as error:
+                passed.append(str(error))
+                continue
+            for message in passed:
+                warnings.warn(f"{message} The one before it, {candidate}, is taken.", CheckpointWarning, stacklevel=4)
+            return candidate
+        told = f": {' '.join(passed)}" if passed else "."
+        raise CheckpointError(f"{self.directory} has no checkpoint that can be restored{told}")
+
+    def _finish(self, response: Any, number: int, content: dict[str, Any]) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                write_manifest(self._folder(number), content)
+        except Exception as error:  # told by the next call, in the thread that can do something about it
+            self._failed = error
+
+    def _folder(self, step: int) -> pathlib.Path:
+        return self.directory / str(int(step))
+
+
+def _orbax() -> Any:
+    # It takes a second to import.
+    from orbax.checkpoint import v1
+
+    return v1
+
+
+def describe_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns a checkpoint's step, bytes, leaves and processes, as its manifest and files tell; nothing is verified.
+
+    Raises:
+      CheckpointError: it has no manifest that can be read.
+    """
+    try:
+        content = read_manifest(folder)
+    except ManifestError as error:
+        raise CheckpointError(f"{error}.") from error
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {**content, "bytes": size}
+
+
+def _dtype_of(leaf: Any) -> str:
+    # A key's prints as key<fry>: its kind is a part of it.
+    return str(leaf.dtype)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What is to be loaded of a leaf: its numbers, where they belong."""
+    if not is_key(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
+
+
+def _as_key(words: jax.Array, like: Any) -> jax.Array:
+    impls = ("threefry2x32", "rbg", "unsafe_rbg")
+    impl = next((name for name in impls if jax.random.key(0, impl=name).dtype == like.dtype), None)
+    return jax.random.wrap_key_data(words, impl=impl)
+
+
+def _check_leaves(saved: dict[str, Any], like: Any, name: str) -> None:
+    """Raises CheckpointError unless the saved leaves are those that are needed, in shape and dtype."""
+    needed = {path: [list(leaf.shape), _dtype_of(leaf)] for path, leaf in named_leaves(like)}
+    if missing := sorted(set(needed) - set(saved)):
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} of {len(needed)} leaves: {', '.join(missing[:4])}; it has {len(saved)}. Is "
+            "it of another model or optimizer?"
+        )
+    if more := sorted(set(saved) - set(needed)):
+        raise CheckpointError(
+            f"{name} has {len(more)} leaves that the state lacks: {', '.join(more[:4])}. Is it of another model or "
+            "optimizer?"
+        )
+    for path, (shape, dtype) in needed.items():
+        if saved[path] != [shape, dtype]:
+            raise CheckpointError(
+                f"{name} has {path!r} as {tuple(saved[path][0])} {saved[path][1]}, but the state needs {tuple(shape)} "
+                f"{dtype}."
+            )
+
+
+def _check_stored(metadata: Any, leaves: dict[str, Any], step: int) -> None:
+    """Raises CheckpointError unless Orbax's metadata tells the manifest's shapes and dtypes; nothing is made yet."""
+    stored = metadata
+    for path, (shape, dtype) in leaves.items():
+        found = stored.get(path) if isinstance(stored, dict) else None
+        numbers = "uint32" if dtype.startswith(_KEY) else dtype
+        inner = shape if not dtype.startswith(_KEY) else list(found.shape) if found is not None else []
+        if found is None or list(found.shape) != inner or str(np.dtype(found.dtype)) != numbers:
+            told = "nothing" if found is None else f"{tuple(found.shape)} {np.dtype(found.dtype)}"
+            raise CheckpointError(
+                f"Checkpoint {step} stores {told} as {path!r}, but its manifest says {shape} {dtype}."
+            )
+
+
+def _agree(choose: Callable[[], int]) -> int:
+    """What the first process chooses; it raises in every process if it does in that one."""
+    if jax.process_count() == 1:
+        return choose()
+    from jax.experimental import multihost_utils
+
+    error, chosen = None, -1
+    if jax.process_index() == 0:
+        try:
+            chosen = choose()
+        except CheckpointError as failed:
+            error = failed
+    chosen = int(multihost_utils.broadcast_one_to_all(jnp.int32(chosen)))
+    if chosen < 0:
+        raise error or CheckpointError("The first process found no checkpoint to restore; it says why.")
+    return chosen
+
+
+def _agree_content(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = read_manifest(folder)
+    except ManifestError as error:
+        raise CheckpointError(f"{error}.") from error
+    leaves = content.get("leaves")
+    is_leaf = lambda entry: isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)
+    if not isinstance(leaves, dict) or not all(map(is_leaf, leaves.values())):
+        raise CheckpointError(f"The manifest in {folder} lists no leaves.")
+    return content
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Any:
+    """Errors of the system and of Orbax, as one of ours that says what couldn't be done."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error.strerror or error}.") from error
+    except Exception as error:
+        raise CheckpointError(f"{what}: {type(error).__name__}: {str(error).splitlines()[0][:300]}.") from error

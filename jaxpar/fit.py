@@ -1,0 +1,278 @@
+"""`fit`: a thin loop over a train step, that resumes, saves, stops when asked to, and tells how it goes."""
+
+import contextlib
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
+from jaxpar.evaluation import EvalStep, evaluate
+from jaxpar.preemption import CODE, Preemption
+from jaxpar.progress import show_steps
+from jaxpar.state import TrainState, named_leaves
+from jaxpar.step import Step
+
+OnStep = Callable[[int, dict[str, float]], Any]
+
+
+class FitError(ValueError):
+    """What `fit` can't do, or a run that went wrong: the message says what, and at which step."""
+
+
+def fit(
+    train_step: Step,
+    state: Any,
+    batches: Any,
+    *,
+    steps: int,
+    eval_step: tuple[EvalStep, Iterable[Any]] | None = None,
+    checkpoint: Checkpoints | None = None,
+    on_step: OnStep | None = None,
+    nonfinite: Literal["stop", "roll back"] = "stop",
+) -> Any:
+    """Returns the state after so many steps in all, those before a restart included.
+
+    Where `checkpoint` holds one, the run goes on from it: same state, same randomness, same batches. It saves every
+    `checkpoint.every` steps, at the end, and when the process is asked to end (SIGTERM): then it leaves with code 143.
+    A second SIGTERM ends it at once. Without any of this it is
+
+        for batch in batches:
+            state, metrics = train_step(state, strategy.shard_batch(batch))
+
+    Args:
+      train_step: from `make_train_step`.
+      state: from `strategy.init` or `strategy.place`; its memory is taken over.
+      batches: raw global batches, of many processes this process's rows. A function `batches(step)` is asked for those
+        from a step on; an iterator with `get_state` and `set_state`, as grain's, is set back; any other is drawn from
+        until the step is reached.
+      steps: how many in all.
+      eval_step: from `make_eval_step`, and the batches to evaluate: at each save, and at the end.
+      checkpoint: where to save, and to resume from.
+      on_step: `on_step(step, metrics)`, called with floats, one step late so that the devices don't wait: a logger.
+        What an evaluation gives comes as `eval`, or `eval/` and its names.
+      nonfinite: what to do when a loss is no number: stop, or go back to the latest checkpoint and on with the batches
+        that follow. To skip such updates instead, wrap the optimizer in `optax.apply_if_finite`.
+
+    Raises:
+      FitError: the loss is no number, the batches end too early, or an argument can't be.
+      CheckpointError: the checkpoint isn't of this state; a save that fails only warns, and the run goes on.
+      SystemExit: with code 143, once the state is saved after a SIGTERM.
+
+    >>> import itertools, jaxpar, optax
+    >>> from flax import nnx
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    >>> init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(4, 1, rngs=nnx.Rngs(rng)), optax.sgd(0.1))
+    >>> step = jaxpar.make_train_step(lambda model, batch, rng: ((model(batch["x"]) ** 2).mean(), {}), strategy)
+    >>> state = strategy.init(init_fn, jax.random.key(0))
+    >>> state = fit(step, state, lambda step: itertools.repeat({"x": np.ones((8, 4), "f4")}), steps=3)
+    >>> int(state.step)
+    3
+    """
+    _check(train_step, state, steps, eval_step, checkpoint, nonfinite)
+    options = _Options(train_step, steps, eval_step, checkpoint, nonfinite)
+    with Preemption() as preemption, show_steps(steps) as show:
+        tell = [listener for listener in (on_step, show) if listener is not None]
+        return _Run(options, preemption, tell).go(state, batches)
+
+
+class _Options(NamedTuple):
+    train_step: Step
+    steps: int
+    eval_step: tuple[EvalStep, Iterable[Any]] | None
+    checkpoint: Checkpoints | None
+    nonfinite: str
+
+
+class _Run:
+    """One call of `fit`: what is told late, and what stops it."""
+
+    def __init__(self, options: _Options, preemption: Preemption, tell: list[OnStep]):
+        self.options, self.preemption, self.tell = options, preemption, tell
+        self.late: tuple[int, Any] | None = None
+
+    def go(self, state: TrainState, batches: Any) -> TrainState:
+        options, put = self.options, self.options.train_step.strategy.shard_batch
+        state, place = self._resume(state)
+        source = _Source(batches, place)
+        number, place = int(state.step), source.place()
+        # What has been made so far is saved, or can be made again: there is nothing to lose while the step compiles.
+        self.preemption.nothing_to_lose(True)
+        batch = self._draw(source, put, number, state, place) if number < options.steps else None
+        while number < options.steps:
+            state, metrics = options.train_step(state, batch)
+            self.preemption.nothing_to_lose(False)
+            number += 1
+            place = source.place()
+            if number < options.steps:
+                # While the devices are at work.
+                batch = self._draw(source, put, number, state, place)
+            failed = self._tell_late()
+            self.late = number, metrics
+            stop = self.preemption.asked(number)
+            if failed is None and (stop or number == options.steps or self._is_due(number)):
+                failed = self._tell_late()
+                if failed is None:
+                    self._pause(state, number, place, stop)
+            if failed is not None:
+                state = self._go_back(state, failed)
+                number = int(state.step)
+        return state
+
+    def _resume(self, state: TrainState) -> tuple[TrainState, Any]:
+        """The state to begin with, and the place in the data that was saved with it; None where nothing was."""
+        checkpoint = self.options.checkpoint
+        if checkpoint is None or not checkpoint.steps:
+            return state, None
+        return self._restore(state, checkpoint)
+
+    def _restore(self, state: TrainState, checkpoint: Checkpoints) -> tuple[TrainState, Any]:
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+        # Both would not always fit.
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
+        restored = checkpoint.restore(like)
+        return restored.state, restored.data
+
+    def _draw(self, source: "_Source", put: Callable[[Any], Any], number: int, state: TrainState, place: Any) -> Any:
+        try:
+            return put(source.draw())
+        except StopIteration:
+            self._save(state, number, place)
+            raise FitError(
+                f"The batches ended after step {number}, but steps={self.options.steps}; give more, as a function "
+                "batches(step) that never ends, or fewer steps."
+            ) from None
+
+    def _tell_late(self) -> tuple[int, dict[str, float]] | None:
+        """Tells the listeners of the step before, now that its metrics are here; returns it if it is no number."""
+        if self.late is None:
+            return None
+        number, metrics = self.late
+        self.late = None
+        values = {name: float(value) for name, value in _flatten(metrics).items()}
+        for listener in self.tell:
+            listener(number, values)
+        is_number = all(math.isfinite(values[name]) for name in ("loss", "grad_norm") if name in values)
+        return None if is_number else (number, values)
+
+    def _is_due(self, number: int) -> bool:
+        return self.options.checkpoint is not None and number % self.options.checkpoint.every == 0
+
+    def _pause(self, state: TrainState, number: int, place: Any, stop: bool) -> None:
+        """Saves, and evaluates; leaves the process if it is asked to."""
+        self._save(state, number, place)
+        if stop:
+            raise SystemExit(CODE)
+        if self.options.eval_step is not None:
+            step, batches = self.options.eval_step
+            if self.options.checkpoint is not None:
+                with _warned():
+                    self.options.checkpoint.wait()
+                self.preemption.nothing_to_lose(True)
+            found = evaluate(step, state, batches)
+            self.preemption.nothing_to_lose(False)
+            values = {f"eval/{name}" if name else "eval": float(value) for name, value in _flatten(found).items()}
+            for listener in self.tell:
+                listener(number, values)
+        if number == self.options.steps and self.options.checkpoint is not None:
+            with _warned():
+                self.options.checkpoint.wait()
+
+    def _save(self, state: TrainState, number: int, place: Any) -> None:
+        """Saves, and in the end or before the process leaves waits for it; a failure is told, and the run goes on."""
+        if self.options.checkpoint is not None:
+            with _warned():
+                self.options.checkpoint.save(state, step=number, data=place, force=True)
+                if self.preemption.asked(number) or number == self.options.steps:
+                    self.options.checkpoint.wait()
+
+    def _go_back(self, state: TrainState, failed: tuple[int, dict[str, float]]) -> TrainState:
+        number, values = failed
+        told = ", ".join(f"{name} {values[name]}" for name in ("loss", "grad_norm") if name in values)
+        checkpoint = self.options.checkpoint
+        if self.options.nonfinite != "roll back" or checkpoint is None:
+            raise FitError(
+                f"Step {number} gave {told}; try a lower learning rate, clip gradients, wrap the optimizer in "
+                "optax.apply_if_finite to skip such steps, or nonfinite='roll back'."
+            )
+        if not checkpoint.steps:
+            raise FitError(f"Step {number} gave {told}, and there is no checkpoint to go back to.")
+        self.late = None
+        state, _ = self._restore(state, checkpoint)
+        warnings.warn(
+            f"Step {number} gave {told}: the run goes on from step {int(state.step)}, with the batches that follow.",
+            CheckpointWarning,
+            stacklevel=4,
+        )
+        return state
+
+
+class _Source:
+    """Where batches come from, and how far they have been drawn."""
+
+    def __init__(self, batches: Any, place: Any):
+        place = place if isinstance(place, dict) else {}
+        self._drawn: int = place.get("drawn", 0)
+        self._iterator: Any = batches
+        if not (hasattr(batches, "get_state") and hasattr(batches, "set_state")):
+            given: Any = batches(self._drawn) if callable(batches) else itertools.islice(batches, self._drawn, None)
+            self._iterator = iter(given)
+        elif "iterator" in place:
+            batches.set_state(_decode(place["iterator"]))
+
+    def place(self) -> dict[str, Any]:
+        """Where to go on from: what was drawn last has been used."""
+        state = getattr(self._iterator, "get_state", None)
+        return {"drawn": self._drawn, **({"iterator": _encode(state())} if state is not None else {})}
+
+    def draw(self) -> Any:
+        """The next batch; raises StopIteration where there is none."""
+        batch = next(self._iterator)
+        self._drawn += 1
+        return batch
+
+
+def _encode(state: Any) -> Any:
+    return {"bytes": state.hex()} if isinstance(state, bytes) else state
+
+
+def _decode(state: Any) -> Any:
+    return bytes.fromhex(state["bytes"]) if isinstance(state, dict) and set(state) == {"bytes"} else state
+
+
+def _flatten(metrics: Any) -> dict[str, Any]:
+    return dict(named_leaves(metrics))
+
+
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        warnings.warn(
+            f"{error} The run goes on; the checkpoints before are as they were.", CheckpointWarning, stacklevel=5
+        )
+
+
+def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: Any, nonfinite: Any) -> None:
+    if not isinstance(train_step, Step):
+        raise FitError(f"train_step is a {type(train_step).__name__}; give what jaxpar.make_train_step returns.")
+    if not isinstance(state, TrainState) or not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state)):
+        raise FitError(f"state is a {type(state).__name__}; give a TrainState on devices, as strategy.init returns.")
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
+        raise FitError(f"steps is {steps!r}; give a whole number, 0 or more: how many in all.")
+    if eval_step is not None and not (
+        isinstance(eval_step, tuple) and len(eval_step) == 2 and isinstance(eval_step[0], EvalStep)
+    ):
+        raise FitError(f"eval_step is {eval_step!r}; give a pair: what make_eval_step returns, and its batches.")
+    if eval_step is not None and isinstance(eval_step[1], Iterator):
+        raise FitError("eval_step's batches are an iterator, which is empty after one evaluation; give a list.")
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
+        raise FitError(f"checkpoint is a {type(checkpoint).__name__}; give jaxpar.Checkpoints(directory, every=100).")
+    if nonfinite not in ("stop", "roll back"):
+        raise FitError(f"nonfinite is {nonfinite!r}; give 'stop' or 'roll back'.")

@@ -1,0 +1,80 @@
+"""Being asked to end: a SIGTERM is noticed at once, and obeyed when the state is safe; changes with how hosts ask."""
+
+import os
+import signal
+import socket
+import threading
+from types import FrameType
+from typing import Any
+
+import jax
+
+CODE = 143  # what a shell tells of a process that SIGTERM ended: 128 + 15
+
+
+class Preemption:
+    """Notices SIGTERM while it is open; a second one ends the process at once.
+
+    In many processes JAX notices it itself, and all of them learn at which step to stop. In one, a thread of its own
+    notices it even while the main thread compiles: if nothing would be lost, the process ends there and then. Outside
+    the main thread, where Python takes no signals, nothing is noticed.
+
+    >>> with Preemption() as preemption:
+    ...     preemption.asked(1)
+    False
+    """
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._is_safe = False
+        self._before: Any = None
+        self._wakeup = -1
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+
+    def __enter__(self) -> "Preemption":
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._sockets = socket.socketpair()
+            self._sockets[1].setblocking(False)
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+            # Python runs handlers between its own instructions alone; a number is written here the moment one comes.
+            self._wakeup = signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(self._sockets[0],), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._sockets is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            signal.signal(signal.SIGTERM, self._before)
+            # The watcher wakes up from its read, and closes its own end.
+            self._sockets[1].close()
+            self._sockets = None
+
+    def asked(self, step: int) -> bool:
+        """Returns whether to stop after this step: the same answer in every process."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked.is_set()
+
+    def nothing_to_lose(self, value: bool) -> None:
+        """Tells whether the process may end at once: while it compiles, or evaluates a state that is saved.
+
+        Raises:
+          SystemExit: it may, and was asked to.
+        """
+        self._is_safe = value
+        if value and self._asked.is_set():
+            raise SystemExit(CODE)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._asked.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _watch(self, reader: socket.socket) -> None:
+        with reader:
+            while received := reader.recv(1):
+                if received[0] == signal.SIGTERM:
+                    self._asked.set()
+                    if self._is_safe:
+                        os._exit(CODE)
