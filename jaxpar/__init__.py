@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from jaxpar.ahead import AheadError as AheadError
     from jaxpar.batch import BatchError as BatchError
     from jaxpar.batch import pad_batch as pad_batch
+    from jaxpar.checkpoint import CheckpointError as CheckpointError
+    from jaxpar.checkpoint import Checkpoints as Checkpoints
+    from jaxpar.checkpoint import CheckpointWarning as CheckpointWarning
     from jaxpar.context import ring_attention as ring_attention
     from jaxpar.context import split_sequence as split_sequence
     from jaxpar.context import ulysses_attention as ulysses_attention
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from jaxpar.expert import MoE as MoE
     from jaxpar.expert import MoELosses as MoELosses
     from jaxpar.expert import mixture_of_experts as mixture_of_experts
+    from jaxpar.fit import FitError as FitError
+    from jaxpar.fit import fit as fit
     from jaxpar.inspection.report import Inspection as Inspection
     from jaxpar.inspection.report import InspectionError as InspectionError
     from jaxpar.inspection.report import inspect as inspect
@@ -75,11 +80,13 @@ __version__ = "0.1.0"
 _HOME = {
     "ahead": ("AheadError",),
     "batch": ("BatchError", "pad_batch"),
+    "checkpoint": ("CheckpointError", "Checkpoints", "CheckpointWarning"),
     "context": ("ring_attention", "split_sequence", "ulysses_attention"),
     "data_parallel": ("data_parallel",),
     "estimation.report": ("Estimate", "EstimationError", "estimate"),
     "evaluation": ("EvalStep", "evaluate", "make_eval_step"),
     "expert": ("ExpertError", "ExpertKernels", "MoE", "MoELosses", "mixture_of_experts"),
+    "fit": ("FitError", "fit"),
     "inspection.report": ("Inspection", "InspectionError", "inspect"),
     "layout": ("Layout", "LayoutRow"),
     "loss": ("LossError", "Weighted"),

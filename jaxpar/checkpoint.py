@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import shutil
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.layout import format_bytes
 from jaxpar.manifest import NAME, ManifestError, check_manifest, read_manifest, write_manifest
 from jaxpar.state import is_key, named_leaves
 
@@ -126,6 +128,7 @@ class Checkpoints:
             "processes": jax.process_count(),
         }
         with _named(f"Step {number} can't be saved in {self.directory}"):
+            self._check_folder(sum(leaf.nbytes for leaf in leaves.values()))
             response = _orbax().save_async(self._folder(number), leaves, overwrite=True)
         self._finishing = threading.Thread(target=self._finish, args=(response, number, content), daemon=True)
         self._finishing.start()
@@ -215,6 +218,21 @@ class Checkpoints:
                 write_manifest(self._folder(number), content)
         except Exception as error:  # told by the next call, in the thread that can do something about it
             self._failed = error
+
+    def _check_folder(self, size: int) -> None:
+        """Raises OSError or CheckpointError unless the folder takes files, and so much of them.
+
+        Orbax would wait for a folder that it can't make for five minutes.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.directory) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+        if (free := shutil.disk_usage(self.directory).free) < size:
+            raise CheckpointError(
+                f"The disk of {self.directory} has {format_bytes(free)} free, but a checkpoint takes up to "
+                f"{format_bytes(size)}; make room, or keep fewer."
+            )
 
     def _folder(self, step: int) -> pathlib.Path:
         return self.directory / str(int(step))

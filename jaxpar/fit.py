@@ -77,7 +77,13 @@ def fit(
     options = _Options(train_step, steps, eval_step, checkpoint, nonfinite)
     with Preemption() as preemption, show_steps(steps) as show:
         tell = [listener for listener in (on_step, show) if listener is not None]
-        return _Run(options, preemption, tell).go(state, batches)
+        try:
+            return _Run(options, preemption, tell).go(state, batches)
+        finally:
+            # Whatever ends the run, what is being saved gets there.
+            if checkpoint is not None:
+                with _warned():
+                    checkpoint.wait()
 
 
 class _Options(NamedTuple):
@@ -179,9 +185,6 @@ class _Run:
             values = {f"eval/{name}" if name else "eval": float(value) for name, value in _flatten(found).items()}
             for listener in self.tell:
                 listener(number, values)
-        if number == self.options.steps and self.options.checkpoint is not None:
-            with _warned():
-                self.options.checkpoint.wait()
 
     def _save(self, state: TrainState, number: int, place: Any) -> None:
         """Saves, and in the end or before the process leaves waits for it; a failure is told, and the run goes on."""
@@ -200,6 +203,7 @@ class _Run:
                 f"Step {number} gave {told}; try a lower learning rate, clip gradients, wrap the optimizer in "
                 "optax.apply_if_finite to skip such steps, or nonfinite='roll back'."
             )
+        checkpoint.wait()
         if not checkpoint.steps:
             raise FitError(f"Step {number} gave {told}, and there is no checkpoint to go back to.")
         self.late = None

@@ -1,0 +1,67 @@
+"""A run of `fit` as a program of its own, to be killed: python fit_program.py FOLDER STEPS [axes] [pause] [when]."""
+
+import json
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_platforms", "cpu")
+
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxpar
+
+folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+axes = sys.argv[3] if len(sys.argv) > 3 else "fsdp=4"
+pause = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
+when = sys.argv[5] if len(sys.argv) > 5 else ""
+
+
+class MLP(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(8, 32, rngs=rngs), nnx.Linear(32, 8, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.drop(nnx.relu(self.up(x))))
+
+
+mesh = jaxpar.make_mesh(
+    axes, devices=jax.devices()[: int(np.prod([int(part.split("=")[1]) for part in axes.split(",")]))]
+)
+rules = {"model": jaxpar.MEGATRON, "fsdp": jaxpar.fsdp(min_size=1)}
+strategy = jaxpar.sharded(mesh, *(rules[axis] for axis in ("model", "fsdp") if axis in mesh.shape))
+init_fn = lambda rng: jaxpar.TrainState.create(MLP(nnx.Rngs(rng)), optax.adamw(1e-2))
+
+
+def loss_fn(model, batch, rng):
+    if when == "compile" and not isinstance(batch["x"], np.ndarray):
+        print("compiling", flush=True)
+        time.sleep(pause)
+    return ((model(batch["x"]) - batch["x"]) ** 2).mean(-1), {}
+
+
+def batches(step):
+    while True:
+        yield {"x": np.random.default_rng(step).normal(size=(8, 8)).astype("f4")}
+        step += 1
+
+
+def log(step, metrics):
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+    print(step, flush=True)
+    time.sleep(pause if when != "compile" else 0)
+
+
+step = jaxpar.make_train_step(loss_fn, strategy)
+state = strategy.init(init_fn, jax.random.key(0))
+with jaxpar.Checkpoints(folder / "checkpoints", every=5) as checkpoints:
+    state = jaxpar.fit(step, state, batches, steps=steps, checkpoint=checkpoints, on_step=log)
+print("done", int(state.step), signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)

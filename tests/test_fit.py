@@ -1,0 +1,322 @@
+"""`fit`: what it runs, tells, saves and resumes; a run that is killed goes on as if it had not been."""
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from models import sub_mesh
+
+import jaxpar
+from jaxpar.checkpoint import CheckpointWarning
+from jaxpar.fit import FitError
+
+PROGRAM = pathlib.Path(__file__).parent / "fit_program.py"
+
+
+def init_fn(rng):
+    return jaxpar.TrainState.create(nnx.Linear(4, 4, rngs=nnx.Rngs(rng)), optax.adam(1e-2))
+
+
+def loss_fn(model, batch, rng):
+    return ((model(batch["x"]) - batch["x"]) ** 2).mean(-1), {}
+
+
+def draw(step):
+    return {"x": np.random.default_rng(step).normal(size=(8, 4)).astype("f4")}
+
+
+def batches(step):
+    return map(draw, itertools.count(step))
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jaxpar.make_train_step(loss_fn, jaxpar.sharded(sub_mesh(fsdp=4), jaxpar.fsdp(min_size=1)))
+
+
+def start(step):
+    return step.strategy.init(init_fn, jax.random.key(0))
+
+
+def by_hand(step, count):
+    state, losses = start(step), {}
+    for number in range(count):
+        state, metrics = step(state, step.strategy.shard_batch(draw(number)))
+        losses[number + 1] = float(metrics["loss"])
+    return state, losses
+
+
+def bits(state):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state.params, state.opt_state, state.step))]
+
+
+def test_it_runs_what_four_lines_would_and_tells_each_step_in_floats(step):
+    told = {}
+    state = jaxpar.fit(
+        step, start(step), batches, steps=7, on_step=lambda number, metrics: told.update({number: metrics})
+    )
+    expected, losses = by_hand(step, 7)
+    assert bits(state) == bits(expected)
+    assert {number: metrics["loss"] for number, metrics in told.items()} == losses
+    assert all(isinstance(value, float) for metrics in told.values() for value in metrics.values())
+
+
+@pytest.mark.parametrize("kind", ["function", "list", "iterator with a state"])
+def test_a_run_in_two_parts_is_one_run_bit_for_bit(step, tmp_path, kind):
+    class Stateful:
+        def __init__(self):
+            self.number = 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.number += 1
+            return draw(self.number - 1)
+
+        def get_state(self):
+            return json.dumps(self.number).encode()
+
+        def set_state(self, state):
+            self.number = json.loads(state)
+
+    make = {
+        "function": lambda: batches,
+        "list": lambda: [draw(n) for n in range(20)],
+        "iterator with a state": Stateful,
+    }[kind]
+    told = []
+    for steps in (5, 8, 12):
+        with jaxpar.Checkpoints(tmp_path, every=3) as checkpoints:
+            state = jaxpar.fit(
+                step,
+                start(step),
+                make(),
+                steps=steps,
+                checkpoint=checkpoints,
+                on_step=lambda number, metrics: told.append((number, metrics["loss"])),
+            )
+    expected, losses = by_hand(step, 12)
+    assert bits(state) == bits(expected)
+    assert told == list(losses.items())
+
+
+def test_a_run_goes_on_under_another_layout_within_rounding(step, tmp_path):
+    with jaxpar.Checkpoints(tmp_path, every=4) as checkpoints:
+        jaxpar.fit(step, start(step), batches, steps=4, checkpoint=checkpoints)
+    other = jaxpar.make_train_step(loss_fn, jaxpar.data_parallel(jax.devices()[:2]))
+    told = {}
+    with jaxpar.Checkpoints(tmp_path, every=4) as checkpoints:
+        state = other.strategy.init(init_fn, jax.random.key(9))
+        tell = lambda number, metrics: told.update({number: metrics["loss"]})
+        jaxpar.fit(other, state, batches, steps=8, checkpoint=checkpoints, on_step=tell)
+    losses = by_hand(step, 8)[1]
+    assert told == pytest.approx({number: losses[number] for number in (5, 6, 7, 8)}, rel=1e-5)
+
+
+def test_it_evaluates_at_each_save_and_at_the_end(step, tmp_path):
+    eval_step = jaxpar.make_eval_step(loss_fn, step.strategy)
+    told = []
+    with jaxpar.Checkpoints(tmp_path, every=2) as checkpoints:
+        jaxpar.fit(
+            step,
+            start(step),
+            batches,
+            steps=5,
+            checkpoint=checkpoints,
+            eval_step=(eval_step, [draw(100), draw(101)]),
+            on_step=lambda number, metrics: told.append((number, sorted(metrics))),
+        )
+    evaluated = [number for number, names in told if names[0].startswith("eval")]
+    assert evaluated == [2, 4, 5]
+    assert [number for number, names in told if "loss" in names] == [1, 2, 3, 4, 5]
+
+
+def spoil(at):
+    """Batches of which one makes the loss no number."""
+    return lambda step: ({"x": draw(number)["x"] * (np.nan if number == at else 1)} for number in itertools.count(step))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(step, tmp_path):
+    with jaxpar.Checkpoints(tmp_path, every=2) as checkpoints:
+        with pytest.raises(FitError, match=r"Step 4 gave loss nan.*optax.apply_if_finite.*nonfinite='roll back'"):
+            jaxpar.fit(step, start(step), spoil(3), steps=9, checkpoint=checkpoints)
+        assert checkpoints.steps == [2]
+
+
+def test_a_run_goes_back_and_on_with_the_batches_that_follow(step, tmp_path):
+    told = []
+    tell = lambda number, metrics: told.append((number, bool(np.isfinite(metrics["loss"]))))
+    with (
+        jaxpar.Checkpoints(tmp_path, every=2) as checkpoints,
+        pytest.warns(CheckpointWarning, match="goes on from step 2"),
+    ):
+        state = jaxpar.fit(
+            step, start(step), spoil(2), steps=5, checkpoint=checkpoints, on_step=tell, nonfinite="roll back"
+        )
+    assert int(state.step) == 5
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params))
+    assert [number for number, is_number in told if not is_number] == [3]
+    assert told[-1] == (5, True)
+
+
+def test_an_optimizer_that_skips_such_steps_needs_nothing_of_fit():
+    init = lambda rng: jaxpar.TrainState.create(
+        nnx.Linear(4, 4, rngs=nnx.Rngs(rng)), optax.apply_if_finite(optax.sgd(0.1), max_consecutive_errors=3)
+    )
+    step = jaxpar.make_train_step(loss_fn, jaxpar.sharded(sub_mesh(data=2)))
+    state = step.strategy.init(init, jax.random.key(0))
+    for number in range(3):
+        batch = {"x": draw(number)["x"] * (np.nan if number == 1 else 1)}
+        state, _ = step(state, step.strategy.shard_batch(batch))
+    assert int(state.opt_state.total_notfinite) == 1
+    assert np.isfinite(np.asarray(state.params["kernel"])).all()
+
+
+def test_a_save_that_fails_is_told_and_the_run_goes_on(step, tmp_path, monkeypatch):
+    checkpoints = jaxpar.Checkpoints(tmp_path / "gone", every=1)
+    (tmp_path / "gone").rmdir()
+    (tmp_path / "gone").write_text("a file")
+    # It vanishes after the run has begun.
+    monkeypatch.setattr(jaxpar.Checkpoints, "steps", [])
+    with pytest.warns(CheckpointWarning, match=r"can't be .* The run goes on; the checkpoints before are as they were"):
+        state = jaxpar.fit(step, start(step), batches, steps=2, checkpoint=checkpoints)
+    assert int(state.step) == 2
+
+
+def test_batches_that_end_too_early_are_named_and_the_state_is_saved(step, tmp_path):
+    with jaxpar.Checkpoints(tmp_path, every=100) as checkpoints:
+        with pytest.raises(FitError, match=r"The batches ended after step 3, but steps=9"):
+            jaxpar.fit(step, start(step), [draw(n) for n in range(3)], steps=9, checkpoint=checkpoints)
+        checkpoints.wait()
+        assert checkpoints.steps == [3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_step": loss_fn}, "train_step is a function; give what jaxpar.make_train_step returns"),
+        ({"state": {"w": jnp.ones(3)}}, "state is a dict; give a TrainState on devices"),
+        ({"steps": -1}, "steps is -1; give a whole number, 0 or more"),
+        ({"steps": 2.0}, r"steps is 2\.0; give a whole number"),
+        ({"eval_step": loss_fn}, "eval_step is <function .*; give a pair"),
+        ({"checkpoint": "folder"}, "checkpoint is a str; give jaxpar.Checkpoints"),
+        ({"nonfinite": "skip"}, "nonfinite is 'skip'; give 'stop' or 'roll back'"),
+    ],
+)
+def test_bad_arguments_are_named(step, changes, message):
+    given = {"train_step": step, "state": None, "batches": batches, "steps": 1}
+    given["state"] = start(step) if "state" not in changes else None
+    given = {**given, **changes}
+    with pytest.raises(FitError, match=message):
+        jaxpar.fit(given.pop("train_step"), given.pop("state"), given.pop("batches"), **given)
+
+
+def test_the_batches_of_an_evaluation_can_be_gone_through_again(step):
+    eval_step = jaxpar.make_eval_step(loss_fn, step.strategy)
+    with pytest.raises(FitError, match="are an iterator, which is empty after one evaluation; give a list"):
+        jaxpar.fit(step, start(step), batches, steps=1, eval_step=(eval_step, iter([draw(0)])))
+
+
+# ---- runs that are killed
+
+
+@contextlib.contextmanager
+def running(folder, steps, *more):
+    """A run as a process of its own, which is ended."""
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    command = [sys.executable, str(PROGRAM), str(folder), str(steps), *map(str, more)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def finish(folder, steps, *more):
+    """Runs it to its end."""
+    with running(folder, steps, *more) as process:
+        out, err = process.communicate(timeout=120)
+    assert f"done {steps} True" in out, err[-2000:]
+
+
+def wait_for(process, line):
+    for told in process.stdout:
+        if told.strip() == str(line):
+            return
+    pytest.fail(f"no {line}: {process.stderr.read()[-2000:]}")
+
+
+def log_of(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The losses of a run that nothing ended."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(folder, 30)
+    return dict(log_of(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 11, 17])
+def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path, whole, at):
+    with running(tmp_path, 30, "fsdp=4", 0.05) as process:
+        wait_for(process, at)
+    finish(tmp_path, 30)
+    rows = log_of(tmp_path)
+    assert {number for number, _ in rows} == set(range(1, 31))
+    assert all(loss == whole[number] for number, loss in rows)
+    # Nothing beyond the last interval of five is done twice.
+    assert len(rows) <= 30 + 6
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_end_saves_and_ends_at_once(tmp_path, whole):
+    with running(tmp_path, 30, "fsdp=4", 0.05) as process:
+        wait_for(process, 8)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(30) == 143, process.stderr.read()[-2000:]
+        assert time.monotonic() - began < 10
+    finish(tmp_path, 30)
+    rows = log_of(tmp_path)
+    # No step is done twice.
+    assert [number for number, _ in rows] == list(range(1, 31))
+    assert dict(rows) == whole
+
+
+@pytest.mark.slow
+def test_a_run_that_compiles_ends_at_once_since_nothing_is_lost(tmp_path):
+    with running(tmp_path, 30, "fsdp=4", 60, "compile") as process:
+        wait_for(process, "compiling")
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(30) == 143
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_ends_it_whatever_it_does(tmp_path):
+    with running(tmp_path, 30, "fsdp=4", 60) as process:
+        wait_for(process, 1)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
