@@ -1,4 +1,4 @@
-"""The command line: `jaxpar train`, `inspect`, `estimate` and `doctor`; changes with what a user may ask of it."""
+"""The command line, `jaxpar train` and its sisters; changes with what a user may ask of it."""
 
 import argparse
 import sys
@@ -79,9 +79,21 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_estimate(_add_target(estimate))
     _add_model(estimate)
     estimate.set_defaults(run=_estimate)
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="list a folder's checkpoints, and check every file of them",
+        description="Lists the checkpoints in a folder: step, bytes, digest, and what each needs. Exit code 1: one of "
+        "them is damaged.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    checkpoint.add_argument("directory", metavar="DIR", type=path_name, help="the folder")
+    checkpoint.add_argument("--verify", action="store_true", help="compare every file with its SHA-256 digest")
+    checkpoint.add_argument("--json", action="store_true", help="print plain data")
+    checkpoint.set_defaults(run=_checkpoint)
     doctor = commands.add_parser("doctor", help="say what JAX sees here, and what its settings cost")
     doctor.set_defaults(run=_doctor)
-    for each in (parser, train, inspect, estimate, doctor):
+    for each in (parser, train, inspect, estimate, checkpoint, doctor):
         # argparse would print the usage too, several lines, and leave the process.
         each.error = _raise_usage
     return parser
@@ -168,6 +180,14 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=whole_number(0, _MAX_SEED), default=0, metavar="N", help="of all randomness")
     group.add_argument("--batch-size", type=size, default=32, metavar="N", help="rows, over all devices")
     group.add_argument("--seq-len", type=size, default=64, metavar="N", help="bytes in a row")
+    group.add_argument(
+        "--checkpoint",
+        type=path_name,
+        metavar="DIR",
+        help="folder to save checkpoints in, and to go on from, under this or any other --mesh",
+    )
+    group.add_argument("--checkpoint-every", type=size, default=100, metavar="N", help="steps from one to the next")
+    group.add_argument("--keep", type=size, default=3, metavar="N", help="checkpoints to keep, the latest")
     group.add_argument("--learning-rate", type=positive_number, default=4e-3, metavar="X", help="at its peak")
 
 
@@ -203,6 +223,12 @@ def _estimate(options: argparse.Namespace) -> int:
     from jaxpar.estimate_command import estimate
 
     return estimate(options)
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from jaxpar.checkpoint_command import list_checkpoints
+
+    return list_checkpoints(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

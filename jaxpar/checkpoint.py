@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpar.layout import format_bytes
-from jaxpar.manifest import NAME, ManifestError, check_manifest, read_manifest, write_manifest
+from jaxpar.manifest import NAME, ManifestError, check_manifest, read_digest, read_manifest, write_manifest
 from jaxpar.state import is_key, named_leaves
 
 _KEY = "key"
@@ -246,7 +246,7 @@ def _orbax() -> Any:
 
 
 def describe_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns a checkpoint's step, bytes, leaves and processes, as its manifest and files tell; nothing is verified.
+    """Returns a checkpoint's step, bytes, digest, leaves and processes, as its manifest tells; nothing is verified.
 
     Raises:
       CheckpointError: it has no manifest that can be read.
@@ -256,7 +256,7 @@ def describe_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
     except ManifestError as error:
         raise CheckpointError(f"{error}.") from error
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {**content, "bytes": size}
+    return {**content, "bytes": size, "digest": read_digest(folder)}
 
 
 def _dtype_of(leaf: Any) -> str:

@@ -54,7 +54,7 @@ def fit(
       eval_step: from `make_eval_step`, and the batches to evaluate: at each save, and at the end.
       checkpoint: where to save, and to resume from.
       on_step: `on_step(step, metrics)`, called with floats, one step late so that the devices don't wait: a logger.
-        What an evaluation gives comes as `eval`, or `eval/` and its names.
+        What an evaluation gives comes as `eval`, or `eval/` and its names. By default a live line on a terminal.
       nonfinite: what to do when a loss is no number: stop, or go back to the latest checkpoint and on with the batches
         that follow. To skip such updates instead, wrap the optimizer in `optax.apply_if_finite`.
 
@@ -75,8 +75,8 @@ def fit(
     """
     _check(train_step, state, steps, eval_step, checkpoint, nonfinite)
     options = _Options(train_step, steps, eval_step, checkpoint, nonfinite)
-    with Preemption() as preemption, show_steps(steps) as show:
-        tell = [listener for listener in (on_step, show) if listener is not None]
+    with Preemption() as preemption, contextlib.ExitStack() as stack:
+        tell = stack.enter_context(show_steps(steps)) if on_step is None else on_step
         try:
             return _Run(options, preemption, tell).go(state, batches)
         finally:
@@ -97,7 +97,7 @@ class _Options(NamedTuple):
 class _Run:
     """One call of `fit`: what is told late, and what stops it."""
 
-    def __init__(self, options: _Options, preemption: Preemption, tell: list[OnStep]):
+    def __init__(self, options: _Options, preemption: Preemption, tell: OnStep):
         self.options, self.preemption, self.tell = options, preemption, tell
         self.late: tuple[int, Any] | None = None
 
@@ -161,8 +161,7 @@ class _Run:
         number, metrics = self.late
         self.late = None
         values = {name: float(value) for name, value in _flatten(metrics).items()}
-        for listener in self.tell:
-            listener(number, values)
+        self.tell(number, values)
         is_number = all(math.isfinite(values[name]) for name in ("loss", "grad_norm") if name in values)
         return None if is_number else (number, values)
 
@@ -183,8 +182,7 @@ class _Run:
             found = evaluate(step, state, batches)
             self.preemption.nothing_to_lose(False)
             values = {f"eval/{name}" if name else "eval": float(value) for name, value in _flatten(found).items()}
-            for listener in self.tell:
-                listener(number, values)
+            self.tell(number, values)
 
     def _save(self, state: TrainState, number: int, place: Any) -> None:
         """Saves, and in the end or before the process leaves waits for it; a failure is told, and the run goes on."""

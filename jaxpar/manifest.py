@@ -46,6 +46,15 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     return _read(folder)["content"]
 
 
+def read_digest(folder: pathlib.Path) -> str:
+    """Returns the digest of a folder's manifest, and so of all that it lists.
+
+    Raises:
+      ManifestError: there is none, or it is damaged.
+    """
+    return _digest_of(_read(folder))
+
+
 def check_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the plain data of a folder's manifest, once every file has the size and digest that it tells.
 

@@ -11,19 +11,16 @@ OnStep = Callable[[int, dict[str, float]], None]
 
 
 @contextlib.contextmanager
-def show_steps(steps: int, console: Console | None = None) -> Iterator[OnStep | None]:
-    """Yields what shows a step and its metrics on one live line; None where the output is no terminal.
+def show_steps(steps: int, console: Console | None = None) -> Iterator[OnStep]:
+    """Yields what shows a step and its metrics on one live line; it shows nothing where the output is no terminal.
 
     >>> import io
     >>> with show_steps(3, Console(force_terminal=True, file=io.StringIO())) as show:
     ...     show(1, {"loss": 0.5})
-    >>> with show_steps(3) as show:
-    ...     print(show)
-    None
     """
     console = Console(stderr=True) if console is None else console
     if not console.is_terminal:
-        yield None
+        yield lambda number, metrics: None
         return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

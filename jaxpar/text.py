@@ -66,15 +66,15 @@ def read_text(path: str | Path | None = None, *, min_bytes: int = 1) -> Text:
 
 
 def draw_batches(
-    data: np.ndarray, *, batch_size: int, seq_len: int, seed: int, steps: int
+    data: np.ndarray, *, batch_size: int, seq_len: int, seed: int, steps: int, first: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields `steps` batches of windows drawn by the seed alone: `x`, and as `y` the byte after each of `x`.
+    """Yields batches `first` to `steps` of windows drawn by the seed alone: `x`, and as `y` the byte after each of `x`.
 
     >>> batch = next(draw_batches(np.arange(100, dtype=np.uint8), batch_size=2, seq_len=3, seed=0, steps=1))
     >>> batch["x"].shape, bool((batch["y"] == batch["x"] + 1).all())
     ((2, 3), True)
     """
-    for step in range(steps):
+    for step in range(first, steps):
         starts = np.random.default_rng([seed, step]).integers(0, len(data) - seq_len, batch_size)
         yield _windows(data, starts, seq_len)
 

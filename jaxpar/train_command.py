@@ -1,6 +1,7 @@
 """`jaxpar train`: a byte-level transformer trained on text under any mesh; the worked example of the whole API."""
 
 import argparse
+import contextlib
 import functools
 import math
 import time
@@ -51,11 +52,18 @@ def train(options: argparse.Namespace) -> int:
     with train_report.open_log(options.out) as write_log:
         _announce(console, job)
         with train_report.show_progress(console, options.steps) as show:
-            state = _run_steps(job, [rows.append, show, write_log])
-    if not math.isfinite(rows[-1]["loss"]):
-        console.print(f"The loss is {rows[-1]['loss']} at step {rows[-1]['step']}; try a lower --learning-rate.")
-        return 1
-    console.print(f"trained at {train_report.tokens_per_second(rows):,.0f} tokens/s, the first step left out")
+            try:
+                state = _run_steps(job, [rows.append, show, write_log])
+            except jaxpar.CheckpointError as error:
+                raise UsageError(f"--checkpoint {options.checkpoint}: {error}") from error
+            except jaxpar.FitError:
+                last = rows[-1]
+                console.print(f"The loss is {last['loss']} at step {last['step']}; try a lower --learning-rate.")
+                return 1
+    if not rows:
+        console.print(f"Step {options.steps} was reached before; give more --steps to go on.")
+    else:
+        console.print(f"trained at {train_report.tokens_per_second(rows):,.0f} tokens/s, the first step left out")
     _conclude(console, job, state, rows)
     return 0
 
@@ -105,7 +113,7 @@ def _announce(console: Console, job: _Job) -> None:
 def _conclude(console: Console, job: _Job, state: jaxpar.TrainState, rows: list[train_report.Row]) -> None:
     held_out, num_bytes = _score(job, state)
     console.print(f"held out: {held_out:.4f} nats per byte, over {num_bytes:,} bytes")
-    if job.options.out and train_report.can_draw():
+    if job.options.out and train_report.can_draw() and rows:
         train_report.save_curve(job.options.out, rows, held_out)
     prompt, sample = (train_report.as_printable(data, console.encoding) for data in _sample(job, state))
     console.print("a sample; first held-out text, then what the model makes of it:\n", style="bold")
@@ -245,29 +253,43 @@ def _compute_dtype(options: argparse.Namespace) -> Any:
 
 
 def _run_steps(job: _Job, tell: list[Callable[[train_report.Row], Any]]) -> jaxpar.TrainState:
-    """The trained state; each of `tell` gets each step's row. It ends early at a loss that is no number."""
+    """The trained state; each of `tell` gets each step's row.
+
+    Raises:
+      FitError: a loss is no number.
+      CheckpointError: the checkpoints are of another model.
+    """
     options, strategy = job.options, job.strategy
     state = strategy.init(job.init_fn, jax.random.key(options.seed))
     train_step = jaxpar.make_train_step(
         loss_fn, strategy, num_microbatches=options.microbatches, compute_dtype=_compute_dtype(options)
     )
-    batches = draw_batches(
-        job.text.train,
-        batch_size=options.batch_size,
-        seq_len=options.seq_len,
-        seed=options.seed,
-        steps=options.steps,
+    draw = functools.partial(
+        draw_batches, job.text.train, batch_size=options.batch_size, seq_len=options.seq_len, seed=options.seed
     )
     start = time.perf_counter()
-    for step, batch in enumerate(batches, start=1):
-        state, metrics = train_step(state, strategy.shard_batch(batch))
-        loss, end = float(metrics["loss"]), time.perf_counter()
+
+    def on_step(step: int, metrics: dict[str, float]) -> None:
+        nonlocal start
+        end = time.perf_counter()
+        speed = options.batch_size * options.seq_len / (end - start)
         for listener in tell:
-            listener({"step": step, "loss": loss, "tokens_per_second": batch["x"].size / (end - start)})
-        if not math.isfinite(loss):
-            break
+            listener({"step": step, "loss": metrics["loss"], "tokens_per_second": speed})
         start = end
-    return state
+
+    with contextlib.ExitStack() as stack:
+        checkpoint = None
+        if options.checkpoint is not None:
+            checkpoint = jaxpar.Checkpoints(options.checkpoint, every=options.checkpoint_every, keep=options.keep)
+            stack.enter_context(checkpoint)
+        return jaxpar.fit(
+            train_step,
+            state,
+            lambda step: draw(steps=options.steps, first=step),
+            steps=options.steps,
+            checkpoint=checkpoint,
+            on_step=on_step,
+        )
 
 
 def _score(job: _Job, state: jaxpar.TrainState) -> tuple[float, int]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -61,21 +61,39 @@ def show_progress(console: Console, num_steps: int) -> Iterator[Callable[[Row], 
 def open_log(folder: str | None) -> Iterator[Callable[[Row], None]]:
     """Yields `write(row)`, which adds a line to `log.jsonl` in the folder; without a folder it does nothing.
 
+    The rows of an earlier run stay up to the first step that is written: one that goes on has each step once.
+
     Raises:
       UsageError: the folder can't be made or written to.
     """
     if folder is None:
         yield lambda row: None
         return
-    log = _open(Path(folder))
+    path = _open(Path(folder))
+    is_begun = False
 
     def write(row: Row) -> None:
+        nonlocal is_begun
+        if not is_begun:
+            _keep_rows(path, row["step"])
+            is_begun = True
         # Whole lines at once: what a run that is killed leaves can be read.
-        log.write(json.dumps(row) + "\n")
-        log.flush()
+        with path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
 
-    with log:
-        yield write
+    yield write
+
+
+def _keep_rows(path: Path, before: int) -> None:
+    """Keeps the rows of a log whose steps come before one, and no half-written line."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] < before:
+                kept.append(line)
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    part.replace(path)
 
 
 def save_curve(folder: str, rows: Sequence[Row], held_out: float) -> None:
@@ -115,13 +133,13 @@ def _as_line(row: Row) -> str:
     return f"step {row['step']}  loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
 
 
-def _open(folder: Path) -> TextIO:
+def _open(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("loss.png", "log.jsonl"):
             # Found out now rather than after the training.
             (folder / name).open("ab").close()
         (folder / "loss.png").unlink()
-        return (folder / "log.jsonl").open("w", encoding="utf-8")
+        return folder / "log.jsonl"
     except OSError as error:
         raise UsageError(f"--out {str(folder)!r} can't be written: {error.strerror}: {error.filename!r}.") from error
