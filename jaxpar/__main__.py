@@ -157,6 +157,7 @@ def _add_target(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     size = whole_number(1, _MAX_SIZE)
     group.add_argument("--mesh", metavar="AXIS=N,...", help=f"sizes of mesh axes, of {', '.join(_AXES)}; one may be -1")
     group.add_argument("--slices", type=whole_number(1, 1024), default=1, metavar="N", help="as many such pods")
+    group.add_argument("--slice-axis", choices=_AXES, default="data", help="the axis that crosses slices")
     group.add_argument(
         "--fake-devices", type=whole_number(1, _MAX_FAKE_DEVICES), metavar="N", help="compile for N CPU devices"
     )

@@ -80,7 +80,7 @@ def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds
     """
     exported, told = _describe(step, state, batch, target)
     options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu")]
+    versions = [f"{name} {_version_of(name)}" for name in ("jaxpar", "jax", "jaxlib", "libtpu", "libtpu-nightly")]
     # The lines of Python that lead here are in it, since reports tell them.
     key = program_cache.key_of([exported.mlir_module(), told, str(target), *options, *versions])
     if (kept := program_cache.read(key)) is not None and set(kept) == set(CompiledProgram._fields):
@@ -104,10 +104,10 @@ def _describe(step: Step, state: Any, batch: Any, target: Target) -> tuple[expor
     try:
         exported = step.export(state, batch)
     except NotImplementedError as error:
-        raise AheadError(
-            f"The step can't be compiled for {target}: {error}. Leave out what calls back into Python, as "
-            "jax.debug.print does."
-        ) from error
+        advice = ""
+        if "callback" in str(error).lower():
+            advice = " Leave out what calls back into Python, as jax.debug.print does."
+        raise AheadError(f"The step can't be compiled for {target}: {error}.{advice}") from error
     told = {
         "target": target,
         "axes": dict(mesh.shape),
@@ -117,6 +117,13 @@ def _describe(step: Step, state: Any, batch: Any, target: Target) -> tuple[expor
         "x64": bool(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
     }
     return exported, json.dumps(told)
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _check_flatbuffers(target: Target) -> None:

@@ -44,6 +44,8 @@ def estimate(options: argparse.Namespace) -> int:
                 found.append(_estimate(options, target, prices))
             except UsageError as error:
                 found.append(error)
+        if all(isinstance(each, UsageError) for each in found):
+            raise found[0]
         _compare(targets, found, options)
     reports = [each for each in found if isinstance(each, jaxpar.Estimate)]
     if options.chart:

@@ -3,6 +3,7 @@
 `JAXPAR_CACHE_DIR` names another folder, or is empty for none. What is kept is text and sizes; nothing of it is run.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -10,6 +11,7 @@ import os
 import pathlib
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,9 +39,11 @@ def read(key: str) -> dict[str, Any] | None:
     path = folder / f"{key}.json.gz"
     try:
         found = json.loads(gzip.decompress(path.read_bytes()))
-        os.utime(path)
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return None
+    with contextlib.suppress(OSError):
+        # What is read is not the oldest.
+        os.utime(path)
     return found if isinstance(found, dict) else None
 
 
@@ -52,28 +56,37 @@ def write(key: str, content: dict[str, Any]) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
             file.write(gzip.compress(json.dumps(content).encode(), 6))
         os.replace(file.name, folder / f"{key}.json.gz")
+    except OSError as error:
+        warnings.warn(
+            f"A compiled program can't be kept in {folder}: {error.strerror}; name another folder by JAXPAR_CACHE_DIR.",
+            stacklevel=4,
+        )
+        return
+    # Another process may drop some too.
+    with contextlib.suppress(OSError):
         kept = sorted(folder.glob("*.json.gz"), key=lambda path: path.stat().st_mtime)
         for path in kept[: max(len(kept) - _MOST, 0)]:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"A compiled program can't be kept in {folder}: {error}.", stacklevel=4)
 
 
 def _folder() -> pathlib.Path | None:
     named = os.environ.get("JAXPAR_CACHE_DIR")
     if named == "":
         return None
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = pathlib.Path(named) if named else pathlib.Path(home) / "jaxpar"
     try:
+        home = os.environ.get("XDG_CACHE_HOME")
+        folder = pathlib.Path(named or (f"{home}/jaxpar" if home else "~/.cache/jaxpar")).expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except OSError:
+    except (OSError, RuntimeError):
+        # A user without a home has nothing kept, unless a folder is named.
+        if named:
+            warnings.warn(f"{named} is no folder that can be made: compiled programs are not kept.", stacklevel=5)
         return None
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         warnings.warn(
-            f"{folder} can be written by others, so compiled programs are not kept there: chmod 700 it, or set "
-            "JAXPAR_CACHE_DIR to another folder.",
+            f"{folder} is another user's or can be written by others, so compiled programs are not kept there: chmod "
+            "700 your own, or name another by JAXPAR_CACHE_DIR.",
             stacklevel=5,
         )
         return None

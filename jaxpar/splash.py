@@ -50,6 +50,11 @@ def splash_attention(
     mesh = jax.sharding.get_abstract_mesh()
     open_axes = [axis for axis in AXES if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes]
     rows = tuple(axis for axis in open_axes if axis in BATCH_AXES)
+    if others := [axis for axis in open_axes if axis not in (*BATCH_AXES, _MODEL)]:
+        raise MeshError(
+            f"The mesh has the axis {others[0]!r}, over which XLA can't split the kernel: use jaxpar.ring_attention for "
+            "'context', and jax.nn.dot_product_attention in stages."
+        )
     heads = _MODEL if _MODEL in open_axes else None
     if not rows and heads is None:
         return attend(q_BTHD, k_BTKD, v_BTKD)
@@ -67,14 +72,14 @@ def _check_shapes(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, block
         raise SplashError(
             f"q, k and v have shapes {shapes}; give (B, T, H, D), and (B, S, K, D) twice, with the same B and D."
         )
-    if shapes[0][2] % shapes[1][2]:
+    if not all(shapes[1]) or shapes[0][2] % shapes[1][2]:
         raise SplashError(f"q has {shapes[0][2]} heads, which do not divide by the {shapes[1][2]} of k and v.")
     if shapes[0][1] % 128 or shapes[1][1] % 128:
         raise SplashError(
             f"q has {shapes[0][1]} tokens and k {shapes[1][1]}; the kernel takes multiples of 128: pad, or use "
             "jax.nn.dot_product_attention."
         )
-    if block_size < 128 or block_size % 128:
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 128 or block_size % 128:
         raise SplashError(f"block_size is {block_size}; the kernel takes multiples of 128, as 512.")
 
 

@@ -62,13 +62,14 @@ def make_mesh(options: argparse.Namespace, target: str | None) -> jax.sharding.M
     try:
         if target:
             jax.config.update("jax_platforms", "cpu")
-            return jaxpar.make_mesh(options.mesh, target=target, slices=options.slices)
+            return jaxpar.make_mesh(options.mesh, target=target, slices=options.slices, slice_axis=options.slice_axis)
         devices = None if options.fake_devices is None else train_command.make_fake_devices(options.fake_devices)
-        return jaxpar.make_mesh(options.mesh, devices=devices, slices=options.slices)
+        return jaxpar.make_mesh(options.mesh, devices=devices, slices=options.slices, slice_axis=options.slice_axis)
     except (jaxpar.MeshError, jaxpar.TargetError) as error:
         raise UsageError(str(error)) from error
 
 
+@functools.cache
 def _load(name: str) -> types.ModuleType:
     """The user's module, by its name or file: its code is run.
 
@@ -120,7 +121,8 @@ def _ready(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
     init_fn = lambda rng: jaxpar.TrainState.create(
         Transformer(_READY[options.module], **parts, rngs=nnx.Rngs(rng)), optax.adamw(1e-3)
     )
-    rows = options.batch_size or mesh.size
+    shards = size("data") * size("fsdp") * size("expert")
+    rows = options.batch_size or max(mesh.size, shards * parts["stage_microbatches"] * options.microbatches)
     batch = {key: jax.ShapeDtypeStruct((rows, options.seq_len or _READY_LENGTH), "int32") for key in ("x", "y")}
     rules = [
         jaxpar.megatron(column=["head"]) if rule is jaxpar.MEGATRON else rule for rule in train_command.rules_for(mesh)

@@ -5,9 +5,9 @@ import json
 import pytest
 from test_estimation import make_estimate
 
-import jaxpar
 from jaxpar import estimate_command
 from jaxpar.__main__ import main
+from jaxpar.usage import UsageError
 
 SMALL = ["--mesh", "fsdp=-1", "--dtype", "bfloat16", "--layers", "2", "--d-model", "256", "--batch-size", "64"]
 
@@ -44,7 +44,7 @@ def estimates(monkeypatch):
 
     def estimate(options, target, prices):
         if target not in told:
-            raise jaxpar.TargetError(f"no {target}")
+            raise UsageError(f"no {target}")
         return told[target]
 
     monkeypatch.setattr(estimate_command, "_estimate", estimate)
@@ -58,6 +58,11 @@ def test_several_pods_make_one_table(estimates, capsys):
         assert word in out
     assert main(["estimate", "--target", "v5e-16,v5p-16", "--json"]) == 0
     assert [each["fits"] for each in json.loads(capsys.readouterr().out)] == [True, False]
+
+
+def test_what_can_be_estimated_nowhere_is_an_error(estimates, capsys):
+    assert main(["estimate", "--target", "v4-16,v6e-16"]) == 2
+    assert "no v4-16" in capsys.readouterr().err
 
 
 def test_what_fits_nowhere_is_code_1(estimates, capsys):

@@ -10,7 +10,7 @@ from jaxpar.estimation.chips import CASES, Rates, rates_of, read_figures
 from jaxpar.estimation.costs import Product, read_convolution, read_dot, work_of
 from jaxpar.estimation.links import Torus, time_collective, time_network
 from jaxpar.estimation.timeline import Machine, Wait, walk
-from jaxpar.inspection.collectives import find_collectives, read_transfer
+from jaxpar.inspection.collectives import axes_touched, find_collectives, groups_of, read_transfer
 from jaxpar.inspection.hlo import Array, read_program
 from jaxpar.targets import CHIPS
 
@@ -67,7 +67,7 @@ HALVES = np.array([[0, 1], [2, 3]])
         # A ring's busiest link carries a fourth of what a gather would send.
         (FLAT, "all-to-all", COLUMN, 4 * 100 / (4 * 2e8)),
         (FLAT, "collective-permute", np.array([[0, 1], [1, 2], [2, 3], [3, 0]]), 100 / 1e8),
-        (FLAT, "collective-permute", np.array([[0, 2], [2, 0]]), 100 / 1e8),
+        (FLAT, "collective-permute", np.array([[0, 2], [2, 0]]), 0.5 * 100 / 1e8),
         (FLAT, "all-reduce", np.array([[0]]), 0),
     ],
 )
@@ -88,13 +88,45 @@ def test_opposite_ways_of_a_ring_are_other_links():
     assert [use.links for use in uses] == [{"y+"}, {"y-"}]
 
 
-def test_between_slices_each_chip_sends_its_own_part():
-    torus = torus_of(FLAT, slices=2)
-    use = time_collective(torus, "all-reduce", np.arange(32)[None], 160)
-    inside = 2 * 160 * 15 / 16 / 4e8
-    assert use.seconds == pytest.approx(inside + 2 * (1 / 2) * 10 / 1e7)
-    assert "DCN" in use.links
-    assert time_network(RATES, "all-reduce", 4, 100).seconds == pytest.approx(1.5 * 100 / 1e7)
+def test_between_slices_a_chip_has_its_part_of_the_network():
+    factors = {"all-reduce": 1.5, "all-gather": 3, "reduce-scatter": 0.75, "collective-permute": 1}
+    for kind, factor in factors.items():
+        assert time_network(RATES, kind, 4, 100).seconds == pytest.approx(factor * 100 / 1e7)
+
+
+def test_a_far_chip_is_as_many_hops_away_as_the_path_is_long():
+    torus = torus_of(FLAT, rates=RATES._replace(hop_seconds=1.0))
+    # Two rings of four, each gone half round; a line of two; two ways through it to sum.
+    latencies = [
+        time_collective(torus, kind, groups, 100).latency
+        for kind, groups in (
+            ("all-gather", np.arange(16)[None]),
+            ("all-gather", HALVES),
+            ("all-reduce", HALVES),
+            ("collective-permute", np.array([[0, 10]])),
+        )
+    ]
+    assert latencies == [4, 1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "load"),
+    [
+        # All through one link of a line.
+        ([[0, 3], [1, 3], [2, 3]], 3),
+        # Every fourth chip of a ring of sixteen: the links between are everyone's.
+        ([[i, (i + 4) % 16] for i in range(16)], 4),
+        # Half round a ring, one half goes each way.
+        ([[i, (i + 8) % 16] for i in range(16)], 4),
+    ],
+)
+def test_the_busiest_link_of_a_permute_decides(pairs, load):
+    shape = (4, 8) if len(pairs) == 3 else (16, 16)
+    rates = RATES._replace(wraps_at=16)
+    # Along the first dim.
+    scaled = np.array(pairs) * shape[1]
+    torus = torus_of(shape, rates=rates)
+    assert time_collective(torus, "collective-permute", scaled, 100).seconds == pytest.approx(load * 100 / 1e8)
 
 
 # ---- what an instruction takes
@@ -126,6 +158,22 @@ def test_between_slices_each_chip_sends_its_own_part():
         ),
         # A convolution of 3 places, without padding.
         ("window={size=3}, dim_labels=b0f_0io->b0f", (2, 10, 4), (3, 4, 8), (2, 8, 8), Product(1, 16, 12, 8)),
+        # ... and with it: what lies outside is gone through too.
+        (
+            "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
+            (2, 8, 8, 4),
+            (3, 3, 4, 16),
+            (2, 8, 8, 16),
+            Product(1, 128, 36, 16),
+        ),
+        (
+            "window={size=3 stride=2 pad=1_0}, dim_labels=b0f_0io->b0f",
+            (2, 8, 4),
+            (3, 4, 8),
+            (2, 4, 8),
+            Product(1, 8, 12, 8),
+        ),
+        ("batch_group_count=4, dim_labels=bf_io->bf", (64, 32), (32, 16), (16, 16), Product(4, 16, 32, 4)),
         ("feature_group_count=4, dim_labels=bf_io->bf", (64, 32), (8, 16), (64, 16), Product(4, 64, 8, 4)),
     ],
 )
@@ -446,6 +494,91 @@ def test_a_kernel_takes_the_operations_that_its_jaxpr_holds():
     assert spend(entry(line), kernels={("flash_fwd", ((8,),)): 10**12}).seconds < 0.1
 
 
+def test_what_a_loop_sends_waits_for_what_is_under_way_on_its_links():
+    body = LOOP.replace(
+        "  %y = f32[262144]{{0}} negate(%x)",
+        "  %y = f32[262144]{{0}} all-reduce(%x), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, to_apply=%add",
+    )
+    start = f"%s = f32[262144]{{0}} all-reduce-start(%x), {GROUPS}, to_apply=%add"
+    spent = spend(
+        ADD
+        + body.format(bound="constant(3)")
+        + entry(start, *RUN_LOOP[:-1], "ROOT %d = f32[262144]{0} all-reduce-done(%s)")
+    )
+    assert spent.seconds == pytest.approx(4 * 2 * MB * 7 / 8 / 1e8, rel=1e-3)
+    assert spent.waits[ALL] == pytest.approx(spent.sent[ALL], rel=1e-3)
+
+
+def test_a_wait_is_charged_to_what_keeps_the_link():
+    mesh = jaxpar.make_mesh(data=2, fsdp=4)
+    pairs = "replica_groups={{0,1,2,3},{4,5,6,7}}"
+    lines = [
+        f"%s1 = f32[262144]{{0}} all-reduce-start(%x), {GROUPS}, to_apply=%add",
+        "%small = f32[8]{0} slice(%x), slice={[0:8]}",
+        f"%s2 = f32[8]{{0}} all-reduce-start(%small), {pairs}, to_apply=%add",
+        "%d2 = f32[8]{0} all-reduce-done(%s2)",
+        "ROOT %d1 = f32[262144]{0} all-reduce-done(%s1)",
+    ]
+    spent = spend(ADD + entry(*lines), mesh)
+    for wait, seconds in spent.waits.items():
+        assert seconds <= spent.sent[wait] * (1 + 1e-9), wait
+    assert sum(spent.waits.values()) + sum(spent.busy.values()) == pytest.approx(spent.seconds)
+
+
+def test_a_copy_that_is_not_done_is_waited_for():
+    lines = """ENTRY %main (x: bf16[256,256], y: bf16[1024,1024]) -> bf16[256,256] {
+  %x = bf16[256,256]{1,0:S(1)} parameter(0)
+  %y = bf16[1024,1024]{1,0} parameter(1)
+  %s = (bf16[1024,1024]{1,0:S(1)}, bf16[1024,1024]{1,0}, u32[]) copy-start(%y)
+  %p = bf16[256,256]{1,0:S(1)} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %d = bf16[1024,1024]{1,0:S(1)} copy-done(%s)
+  ROOT %q = bf16[256,256]{1,0:S(1)} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}"""
+    product, copy = 2 * 256**3 / 1e12, 2 * MB / 1e9
+    assert spend(lines).seconds == pytest.approx(copy + product)
+    assert spend(lines).busy["HBM"] == pytest.approx(copy - product)
+
+
+def test_a_call_takes_what_it_calls():
+    inner = """%twice (a: f32[262144]) -> f32[262144] {
+  %a = f32[262144]{0} parameter(0)
+  ROOT %n = f32[262144]{0} negate(%a)
+}
+
+"""
+    assert spend(inner + entry("ROOT %o = f32[262144]{0} call(%x), to_apply=%twice")).seconds == pytest.approx(
+        2 * MB / 1e9
+    )
+
+
+def test_windows_are_told_with_their_trips():
+    body = LOOP.replace("%body", "%wide.windowed_dot_general_body").replace(
+        "  %y = f32[262144]{{0}} negate(%x)",
+        "  %y = f32[262144]{{0}} collective-permute(%x), source_target_pairs={{{{0,1}},{{1,0}}}}",
+    )
+    run = [line.replace("body=%body", "body=%wide.windowed_dot_general_body") for line in RUN_LOOP]
+    spent = spend(body.format(bound="constant(5)") + entry(*run))
+    assert spent.windows == pytest.approx(5 * MB / 1e8)
+
+
+def test_kernels_are_told_apart_by_their_longest_name_and_unknown_ones_told():
+    line = 'ROOT %mm_long.3 = f32[1024]{0} custom-call(%x), custom_call_target="tpu_custom_call"'
+    kernels = {("mm", ((1024,),)): 10**9, ("mm.long", ((1024,),)): 10**12, ("", ((1024,),)): 10**15}
+    assert spend(entry(line), kernels=kernels).busy == {"kernels": pytest.approx(2.0)}
+    assert spend(entry(line), kernels={}).unknown_kernels == 1
+
+
+def test_a_grouped_product_of_experts_takes_the_rows_that_are_in_use():
+    lines = """ENTRY %main (x: bf16[1024,512], w: bf16[4,512,256]) -> bf16[1024,256] {
+  %x = bf16[1024,512]{1,0:S(1)} parameter(0)
+  %w = bf16[4,512,256]{2,1,0:S(1)} parameter(1)
+  ROOT %ragged-dot-none.1 = bf16[1024,256]{1,0:S(1)} custom-call(%x, %w), custom_call_target="tpu_custom_call"
+}"""
+    whole = 2 * 1024 * 512 * 256 / 5e11
+    assert spend(lines).seconds == pytest.approx(whole)
+    assert spend(lines, jaxpar.make_mesh(data=2, expert=4)).seconds == pytest.approx(whole / 4)
+
+
 MEGASCALE = (
     'channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.47_0",'
     '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
@@ -466,14 +599,54 @@ def test_what_hosts_exchange_between_slices_is_one_collective_on_the_network(mon
     program = read_program("HloModule m\n\n" + entry(*BETWEEN))
     (one,) = find_collectives(program, mesh)
     assert (one.kind, one.axes, one.bytes, one.crosses_slices) == ("all-reduce", ("data",), MB, True)
-    transfer = read_transfer(program.computations["main"].instructions["s"], mesh)
-    assert transfer.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
     spent = walk(program, Machine(mesh, torus_of((2, 2), 2), {}))
     network = MB / 1e7
     assert spent.waits[Wait(("data",), "DCN")] == pytest.approx(network - 2 * MB / 1e9)
     # With every doubling of slices, of this chip's throughput half is left.
     assert spent.waits[Wait(("data",), "pace")] == pytest.approx(network)
     assert spent.seconds == pytest.approx(2 * network)
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "found"),
+    [
+        ("{{100000->200000},{100001->200001}}", "ONE_TO_ONE", ("collective-permute", 2)),
+        ("{{100000,100001,200000,200001,300000,300001}}", "ALL_TO_ALL", ("all-to-all", 3)),
+        ("{{100000,200000}}", "RAGGED_ALL_TO_ALL", ("ragged-all-to-all", 2)),
+        ('"{1,2,3,4}x{0:63}"', "ALL_GATHER", ("all-gather", 4)),
+    ],
+)
+def test_a_transfer_between_slices_is_read_in_each_spelling(target, kind, found):
+    said = (
+        'channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="r",'
+        f"_xla_megascale_target={target},_xla_megascale_transfer_type={kind}}}"
+    )
+    lines = (
+        "%token = token[] after-all()",
+        f"%s = (f32[262144]{{0}}, u32[], token[]) send(%x, %token), {said}",
+        f"ROOT %r = (f32[1024]{{0}}, u32[], token[]) recv(%token), {said}",
+    )
+    program = read_program("HloModule m\n\n" + entry(*lines))
+    main, mesh = program.computations["main"], jaxpar.make_mesh(data=2, fsdp=4)
+    transfer = read_transfer(main, main.instructions["s"], mesh, np.repeat([0, 1], 4))
+    assert (transfer.kind, transfer.slices, transfer.axes) == (*found, ("data",))
+    # A ragged one has room for the worst case at one end.
+    assert transfer.bytes == (4096 if "RAGGED" in kind else MB)
+
+
+def test_of_several_slices_a_program_counts_its_own_devices():
+    mesh = jaxpar.make_mesh(fsdp=2, model=4)
+    # The second of two slices has the odd places of `model`: the compiler numbers each slice's devices from 0.
+    slices = np.array([0, 1, 0, 1, 0, 1, 0, 1])
+    program = read_program(
+        "HloModule m\n\n"
+        + ADD
+        + entry("ROOT %r = f32[262144]{0} all-reduce(%x), replica_groups={{0,2},{1,3}}, to_apply=%add")
+    )
+    one = program.computations["main"].instructions["r"]
+    assert groups_of(one, mesh, slices).tolist() == [[0, 4], [2, 6]]
+    assert axes_touched(groups_of(one, mesh, slices), mesh) == ("fsdp",)
+    assert groups_of(one, mesh, np.zeros(8, int)).tolist() == [[0, 2], [1, 3]]
 
 
 # ---- the report
@@ -509,6 +682,7 @@ def make_estimate(**changes):
         "price": read_figures()["v5e"]["dollars_an_hour"],
         "unknown_loops": 0,
         "windows": 0.0,
+        "unknown_kernels": 0,
     }
     return jaxpar.Estimate(**{**values, **changes})
 
@@ -529,5 +703,7 @@ def test_a_report_adds_up():
         assert "read 2026" in shown
     assert "does NOT fit" in str(make_estimate(peak_bytes=2**35))
     assert "Ambiguous" in str(make_estimate(if_gathered=1.5))
+    assert "3 calls of kernels whose operations are unknown" in str(make_estimate(unknown_kernels=3))
+    assert "More than all of the peak" in str(make_estimate(seconds=0.5))
     assert "windowed einsum" in str(make_estimate(windows=0.5))
     assert "unknown number of times" in str(make_estimate(unknown_loops=2))

@@ -55,6 +55,8 @@ def test_the_kernel_is_exact_where_it_is_interpreted(monkeypatch):
     [
         (((2, 256, 4, 8), (2, 256, 3, 8)), {}, "q has 4 heads, which do not divide by the 3 of k and v"),
         (((2, 100, 4, 8), (2, 100, 4, 8)), {}, "q has 100 tokens and k 100; the kernel takes multiples of 128"),
+        (((2, 256, 4, 8), (2, 256, 0, 8)), {}, "q has 4 heads, which do not divide by the 0 of k and v"),
+        (((2, 256, 4, 8), (2, 256, 4, 8)), {"block_size": "a"}, "block_size is a; the kernel takes multiples of 128"),
         (((2, 256, 4, 8), (2, 256, 4, 8)), {"block_size": 100}, "block_size is 100; the kernel takes multiples of 128"),
         (((256, 4, 8), (256, 4, 8)), {}, r"q, k and v have shapes .*; give \(B, T, H, D\)"),
         (((2, 256, 4, 8), (3, 256, 4, 8)), {}, r"give \(B, T, H, D\), and \(B, S, K, D\) twice, with the same B and D"),
@@ -90,3 +92,12 @@ def test_in_an_island_it_does_not_stand_beside_axes_of_the_compilers():
         pytest.raises(jaxpar.MeshError, match="in an island over 'stage'"),
     ):
         jax.jit(island)(q, k, v)
+
+
+def test_over_context_and_stage_another_attention_serves():
+    q, k, v = draw(batch=4)
+    with (
+        jax.set_mesh(jaxpar.make_mesh(data=2, context=4)),
+        pytest.raises(jaxpar.MeshError, match=r"use jaxpar\.ring_att"),
+    ):
+        jax.jit(jaxpar.splash_attention)(q, k, v)

@@ -255,9 +255,36 @@ def test_an_estimate_knows_math_links_and_slices():
     assert slices.waits[Wait(("data",), "pace")] == pytest.approx((1 / 0.975 - 1) / (1 / 0.975) * slices.seconds)
     assert {(wait.axes, wait.link) for wait in slices.sent} >= {(("data",), "DCN"), (("fsdp",), "ICI")}
     assert any(one.crosses_slices and one.axes == ("data",) for one in jaxpar.inspect(step, state, batch).collectives)
-    for given in (0, -1, True, "2"):
-        with pytest.raises(jaxpar.EstimationError, match="give a number above 0"):
+    for given in (0, -1, True, "2", 0.5):
+        with pytest.raises(jaxpar.EstimationError, match="tokens is .*; give a whole number, 1 or more"):
             jaxpar.estimate(step, state, batch, tokens=given)
+    for name, given in (("seconds", "5"), ("seconds", 0), ("dollars_an_hour", float("nan"))):
+        with pytest.raises(jaxpar.EstimationError, match=f"{name} is .*; give a number above 0"):
+            jaxpar.estimate(step, state, batch, **{name: given})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["fsdp", "stage", "expert"])
+def test_an_axis_that_crosses_slices_inside_of_another_uses_the_network_alone(axis):
+    sizes = {"fsdp": {"data": 4, "fsdp": 4}, "stage": {"data": 8, "stage": 2}, "expert": {"data": 4, "expert": 4}}[axis]
+    mesh = jaxpar.make_mesh(target="v5e-8", slices=2, slice_axis=axis, **sizes)
+    rules = {"fsdp": jaxpar.FSDP, "stage": jaxpar.PIPELINE, "expert": jaxpar.EXPERT}
+    strategy = jaxpar.sharded(mesh, rules[axis])
+    parts = {
+        "expert": {"make_mlp": functools.partial(jaxpar.MoE, num_experts=8, top_k=2)},
+        "stage": {"stage_microbatches": 4},
+    }
+    init_fn = lambda rng: jaxpar.TrainState.create(
+        Transformer(SMALL, rngs=nnx.Rngs(rng), **parts.get(axis, {})), optax.sgd(1.0)
+    )
+    step = jaxpar.make_train_step(loss_fn, strategy, compute_dtype=jnp.bfloat16)
+    batch = {key: jax.ShapeDtypeStruct((64, 128), jnp.uint8) for key in "xy"}
+    report = jaxpar.estimate(step, strategy.abstract_state(init_fn), batch)
+    slow = {wait.axes for wait in report.sent if wait.link == "DCN"}
+    assert slow == {(axis,)}
+    assert all(report.waits[wait] <= 1.001 * report.sent[wait] for wait in report.waits if wait.link != "pace")
+    found = jaxpar.inspect(step, strategy.abstract_state(init_fn), batch).collectives
+    assert {one.axes for one in found if one.crosses_slices} == {(axis,)}
 
 
 @pytest.mark.slow

@@ -126,7 +126,8 @@ def read_convolution(text: str, left: Array, right: Array, out: Array) -> Produc
         elif met <= max(made, size):
             batch *= met
         else:
-            rows, inner = rows * made, inner * max(met // made, 1)
+            # Padding meets nothing, but the units go through it.
+            rows, inner = rows * made, inner * math.ceil(met / made)
     if features and int(features[1]) > 1:
         batch, columns = batch * int(features[1]), columns // int(features[1])
     if groups and int(groups[1]) > 1:

@@ -43,10 +43,17 @@ class Torus(NamedTuple):
 
 
 class Use(NamedTuple):
-    """How long a collective keeps which links: `x+` is those of dim x one way, `DCN` the network between slices."""
+    """What a collective takes.
+
+    Attributes:
+      seconds: how long it keeps its links.
+      links: which: `x+` is those of dim x one way, `DCN` the network between slices.
+      latency: how long the last of it is on its way, when the links are free again.
+    """
 
     seconds: float
     links: frozenset[str]
+    latency: float = 0.0
 
 
 def time_collective(torus: Torus, kind: str, groups: np.ndarray, count: int) -> Use:
@@ -55,7 +62,7 @@ def time_collective(torus: Torus, kind: str, groups: np.ndarray, count: int) -> 
     Args:
       torus: where the devices are.
       kind: as XLA calls it.
-      groups: the devices that take part together, a row for each group, or pairs for a permute.
+      groups: the devices that take part together, a row for each group, or pairs for a permute; all of one slice.
       count: the bytes that each puts in.
 
     >>> from jaxpar.estimation.chips import rates_of
@@ -68,15 +75,7 @@ def time_collective(torus: Torus, kind: str, groups: np.ndarray, count: int) -> 
         return Use(0.0, frozenset())
     if kind == "collective-permute":
         return _time_permute(torus, groups, count)
-    group = groups[0]
-    here = group[torus.slices[group] == torus.slices[group[0]]]
-    parts, slices = len(here), len(np.unique(torus.slices[group]))
-    inside = _time_ring(torus, kind, here, count) if parts > 1 else Use(0.0, frozenset())
-    if slices == 1:
-        return inside
-    # Each chip sends the part of its slice's result that it holds.
-    across = time_network(torus.rates, kind, slices, count * (1 if kind == "all-gather" else 1 / parts))
-    return Use(inside.seconds + across.seconds, inside.links | across.links)
+    return _time_ring(torus, kind, groups[0], count)
 
 
 def time_network(rates: Rates, kind: str, slices: int, count: float) -> Use:
@@ -87,7 +86,7 @@ def time_network(rates: Rates, kind: str, slices: int, count: float) -> Use:
 
 def _time_ring(torus: Torus, kind: str, group: np.ndarray, count: int) -> Use:
     lanes = _lanes_of(torus, group)
-    size, hops = len(group), sum(lane.size if not lane.is_ring else lane.size // 2 for lane in lanes)
+    size, hops = len(group), sum(lane.size // 2 if lane.is_ring else lane.size - 1 for lane in lanes)
     links = frozenset(f"{'xyz'[lane.dim]}{way}" for lane in lanes for way in "+-")
     if "all-to-all" in kind:
         seconds = max(lane.size * count / (4 * lane.rate) for lane in lanes)
@@ -95,7 +94,7 @@ def _time_ring(torus: Torus, kind: str, group: np.ndarray, count: int) -> Use:
         whole = count * size if kind == "all-gather" else count
         seconds = whole * (size - 1) / size / sum(lane.rate for lane in lanes)
     steps = 2 if kind == "all-reduce" else 1
-    return Use(steps * (seconds + hops * torus.rates.hop_seconds), links)
+    return Use(steps * seconds, links, steps * hops * torus.rates.hop_seconds)
 
 
 class _Lane(NamedTuple):
@@ -122,19 +121,28 @@ def _lanes_of(torus: Torus, group: np.ndarray) -> list[_Lane]:
 
 
 @functools.lru_cache(256)
-def _hops_of(shape: tuple[int, ...], rings: tuple[bool, ...], moves: bytes) -> tuple[dict[str, float], int]:
-    """How many parts pass over the busiest link of each dim and way, were they even; and the longest path in hops."""
-    moved = np.frombuffer(moves, np.int64).reshape(-1, len(shape))
-    loads, longest = {}, np.zeros(len(moved), int)
+def _loads_of(shape: tuple[int, ...], rings: tuple[bool, ...], pairs: bytes) -> tuple[dict[str, float], int]:
+    """How many parts pass over the busiest link of each dim and way, and the longest path in hops.
+
+    Each goes the shorter way, dim after dim; half round a ring, one half goes each way.
+    """
+    sources, targets = np.frombuffer(pairs, np.int64).reshape(2, -1, len(shape)).copy()
+    loads, longest = {}, np.zeros(len(sources), int)
     for dim, size in enumerate(shape):
-        steps = moved[:, dim]
-        if rings[dim]:
-            steps = (steps + size // 2) % size - size // 2
+        steps = targets[:, dim] - sources[:, dim]
+        steps = (steps + size // 2) % size - size // 2 if rings[dim] else steps
+        half = rings[dim] & (2 * np.abs(steps) == size)
         longest += np.abs(steps)
-        links = math.prod(shape) // size * (size if rings[dim] else size - 1)
-        for way, hops in (("+", steps[steps > 0].sum()), ("-", -steps[steps < 0].sum())):
-            if hops:
-                loads[f"{'xyz'[dim]}{way}"] = max(1.0, hops / links)
+        for way, sign in (("+", 1), ("-", -1)):
+            carried = np.zeros(shape)
+            for hop in range(int(np.abs(steps).max(initial=0))):
+                on = (np.abs(steps) > hop) & ((steps * sign > 0) | half)
+                at = sources[on].copy()
+                at[:, dim] = (at[:, dim] + sign * hop) % size
+                np.add.at(carried, tuple(at.T), np.where(half[on], 0.5, 1.0))
+            if carried.any():
+                loads[f"{'xyz'[dim]}{way}"] = float(carried.max())
+        sources[:, dim] = targets[:, dim]
     return loads, int(longest.max())
 
 
@@ -142,11 +150,7 @@ def _time_permute(torus: Torus, pairs: np.ndarray, count: int) -> Use:
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     if not len(pairs):
         return Use(0.0, frozenset())
-    crosses = torus.slices[pairs[:, 0]] != torus.slices[pairs[:, 1]]
-    if crosses.any():
-        return time_network(torus.rates, "collective-permute", 2, count)
-    pairs = pairs[torus.slices[pairs[:, 0]] == torus.slices[pairs[0, 0]]]
-    moves = (torus.places[pairs[:, 1]] - torus.places[pairs[:, 0]]).astype(np.int64)
     rings = tuple(map(torus.is_ring, range(len(torus.shape))))
-    loads, hops = _hops_of(torus.shape, rings, moves.tobytes())
-    return Use(max(loads.values()) * count / torus.rates.link + hops * torus.rates.hop_seconds, frozenset(loads))
+    places = torus.places[pairs.T].astype(np.int64)
+    loads, hops = _loads_of(torus.shape, rings, places.tobytes())
+    return Use(max(loads.values()) * count / torus.rates.link, frozenset(loads), hops * torus.rates.hop_seconds)

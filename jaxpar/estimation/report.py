@@ -49,7 +49,8 @@ class Estimate:
       sent: seconds in which those links carry something, hidden behind work or not.
       price: of a chip, in dollars an hour.
       unknown_loops: loops whose trips the compiler doesn't tell, each counted once.
-      windows: seconds in rings of permutes that XLA makes of a product and its collective, and runs one by one.
+      windows: seconds in which rings that XLA makes of a product and its collective wait for their permutes.
+      unknown_kernels: calls of Pallas kernels whose operations aren't known.
     """
 
     strategy: str
@@ -70,6 +71,7 @@ class Estimate:
     price: Figure
     unknown_loops: int
     windows: float
+    unknown_kernels: float
 
     @property
     def fits(self) -> bool:
@@ -207,10 +209,16 @@ class Estimate:
             )
         if self.windows > 0.02 * self.seconds:
             notes.append(
-                f"For {_time(self.windows)} XLA passes parts round in rings, in step with products (windowed einsum), "
-                "not beside them; compiler_options={'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'} makes "
+                f"For {_time(self.windows)} a step waits for parts that XLA passes round in rings, in step with products "
+                "(windowed einsum); compiler_options={'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'} makes "
                 "whole collectives of them, which may be faster."
             )
+        if self.unknown_kernels:
+            notes.append(
+                f"{self.unknown_kernels:g} calls of kernels whose operations are unknown count as memory alone."
+            )
+        if self.mfu > 1:
+            notes.append("More than all of the peak is used: operations are missing, in kernels or small convolutions.")
         if self.unknown_loops:
             notes.append(f"{self.unknown_loops} loops run an unknown number of times, and were counted once.")
         return notes
@@ -234,7 +242,7 @@ def estimate(
       train_step: from `make_train_step`, `make_eval_step` or `strategy.compile`, on `make_mesh(..., target="v5e-256")`.
       state: from `strategy.abstract_state`.
       batch: the raw global batch, arrays or shapes.
-      tokens: how many a batch holds; by default the places of its largest leaf of whole numbers with two dims or more.
+      tokens: how many a batch holds; by default the places of its largest leaf of whole numbers with two dims.
       dollars_an_hour: what a chip costs; by default the list price.
       seconds: how long the compile may take.
 
@@ -260,7 +268,10 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
             f"The mesh {dict(mesh.shape)} is of devices that are here, whose time can be measured; give a target, as "
             f"make_mesh({', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}, target='v5e-{mesh.size}')."
         )
-    count, unit = _count_tokens(batch) if tokens is None else (_positive("tokens", tokens), "tokens")
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int | np.integer) or tokens < 1):
+        raise EstimationError(f"tokens is {tokens!r}; give a whole number, 1 or more.")
+    count, unit = _count_tokens(batch) if tokens is None else (tokens, "tokens")
+    _positive("seconds", seconds)
     listed = read_figures()[target.chip]["dollars_an_hour"]
     given = None if dollars_an_hour is None else _positive("dollars_an_hour", dollars_an_hour)
     price = listed if given is None else listed._replace(value=given, source="as given")
@@ -291,21 +302,22 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
         price,
         expected.unknown_loops,
         expected.windows,
+        expected.unknown_kernels,
     )
 
 
 def _count_tokens(batch: Any) -> tuple[int, str]:
     shapes = [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(batch)]
-    whole = [shape for shape, dtype in shapes if len(shape) > 1 and jnp.issubdtype(dtype, jnp.integer)]
+    whole = [shape for shape, dtype in shapes if len(shape) == 2 and jnp.issubdtype(dtype, jnp.integer)]
     if whole:
-        return max(math.prod(shape[:2]) for shape in whole), "tokens"
+        return max(math.prod(shape) for shape in whole), "tokens"
     return max((shape[0] for shape, _ in shapes if shape), default=1), "rows"
 
 
 def _positive(name: str, number: Any) -> float:
     if isinstance(number, bool) or not isinstance(number, int | float | np.number) or not 0 < number < math.inf:
         raise EstimationError(f"{name} is {number!r}; give a number above 0.")
-    return number  # pyright: ignore[reportReturnType]
+    return float(number)
 
 
 def _join(axes: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ says; of a conditional the longest branch counts.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,10 +19,17 @@ from jax.sharding import Mesh
 from jaxpar.estimation.chips import Rates
 from jaxpar.estimation.costs import work_of
 from jaxpar.estimation.links import DCN, ICI, Torus, Use, time_collective, time_network
-from jaxpar.inspection.collectives import KINDS, arrays_sent, axes_of_groups, axes_of_moves, read_groups, read_transfer
+from jaxpar.inspection.collectives import (
+    KINDS,
+    arrays_sent,
+    axes_of_moves,
+    axes_touched,
+    groups_of,
+    read_transfer,
+    slices_of,
+)
 from jaxpar.inspection.hlo import Computation, Instruction, Program, loop_trips
 
-_COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 MATH, MEMORY, KERNEL = "math", "HBM", "kernels"
 PACE = "pace"
 
@@ -43,7 +51,9 @@ class Spent:
       waits: those in which it waits for others.
       sent: those in which links carry something, hidden behind work or not.
       unknown_loops: how many loops' trips the compiler doesn't tell.
-      windows: those of permutes that stand alone in loops that XLA makes of a product and its collective.
+      windows: those in which loops that XLA makes of a product and its collective wait for their permutes.
+      unknown_kernels: how many calls of kernels whose operations nobody tells.
+      held: those in which each link is kept.
     """
 
     seconds: float = 0.0
@@ -52,13 +62,16 @@ class Spent:
     sent: dict[Wait, float] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
     windows: float = 0.0
+    unknown_kernels: float = 0.0
+    held: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "Spent", times: float = 1.0) -> None:
         """Adds what another took, so many times."""
         self.seconds += other.seconds * times
         self.unknown_loops += other.unknown_loops
         self.windows += other.windows * times
-        for name in ("busy", "waits", "sent"):
+        self.unknown_kernels += other.unknown_kernels * times
+        for name in ("busy", "waits", "sent", "held"):
             mine = getattr(self, name)
             for key, seconds in getattr(other, name).items():
                 mine[key] = mine.get(key, 0.0) + seconds * times
@@ -123,14 +136,17 @@ class _Walk:
         inner = self.program.computations.get(name)
         return next((one for one in inner or () if one.opcode.removesuffix("-start") in KINDS), None)
 
-    def kernel_seconds(self, computation: Computation, one: Instruction) -> float:
+    def kernel_seconds(self, computation: Computation, one: Instruction) -> float | None:
+        """How long a Pallas kernel multiplies; None where nobody tells what it does."""
         if one.name.startswith("ragged-dot"):
             return self._grouped_flops(computation, one) / self.machine.torus.rates.kernel
-        shapes = tuple(array.dims for array in one.arrays)
-        named = (
-            count for (name, out), count in self.machine.kernels.items() if one.name.startswith(name) and out == shapes
-        )
-        return next(named, 0) / self.machine.torus.rates.kernel
+        shapes, called = tuple(array.dims for array in one.arrays), _plain(one.name)
+        named = [
+            (len(name), count)
+            for (name, out), count in self.machine.kernels.items()
+            if name and called.startswith(_plain(name)) and out == shapes
+        ]
+        return max(named)[1] / self.machine.torus.rates.kernel if named else None
 
     def _grouped_flops(self, computation: Computation, one: Instruction) -> float:
         """Those of a grouped product: over an `expert` axis, of as many rows as a device gets if all get alike.
@@ -176,12 +192,21 @@ class _Walk:
             key = (kind, f"{count} {groups_text[groups_text.find('source_target_pairs') :]}")
         if key not in self.moves:
             torus, mesh = self.machine.torus, self.machine.mesh
-            groups = read_groups(one.text, mesh.size)
-            axes = axes_of_moves(groups, mesh) if kind == "collective-permute" else axes_of_groups(groups, mesh)
+            groups = groups_of(one, mesh, torus.slices)
+            axes = axes_of_moves(groups, mesh) if kind == "collective-permute" else axes_touched(groups, mesh)
             use = time_collective(torus, kind, groups, count)
             use = use._replace(seconds=use.seconds / 2) if is_gather else use
-            self.moves[key] = use, Wait(axes, DCN if DCN in use.links else ICI)
+            self.moves[key] = use, Wait(axes, ICI)
         return self.moves[key]
+
+
+class _Flight(NamedTuple):
+    """A collective under way: from when, until when, what it is, and which one kept its links before."""
+
+    begin: float
+    end: float
+    wait: Wait
+    holder: Wait
 
 
 class _Track:
@@ -191,7 +216,8 @@ class _Track:
         self.walk, self.computation, self.spent = walk, computation, Spent()
         self.now = 0.0
         self.free: dict[str, float] = {}
-        self.ends: dict[str, tuple[float, Wait]] = {}
+        self.holders: dict[str, Wait] = {}
+        self.ends: dict[str, _Flight] = {}
         self.copies: dict[str, float] = {}
 
     def run(self) -> Spent:
@@ -213,10 +239,7 @@ class _Track:
         elif opcode == "call":
             self._join(self.walk.run(one.called[0]))
         elif opcode in KINDS:
-            before = self.now
             self._wait(self._start(one.name, *self.walk.use_of(self.computation, one)))
-            if "windowed_dot_general" in self.computation.name:
-                self.spent.windows += self.now - before
         elif opcode.removesuffix("-start") in KINDS:
             self._start(one.name, *self.walk.use_of(self.computation, one))
         elif opcode.removesuffix("-done") in KINDS:
@@ -233,24 +256,46 @@ class _Track:
             self._compute(one)
 
     def _join(self, spent: Spent, times: float = 1.0) -> None:
-        """Goes through a computation that is called: what is under way here goes on meanwhile."""
-        before = self.spent.seconds
+        """Goes through a computation that is called: what is under way here goes on meanwhile, and keeps its links."""
+        before, seconds = self.spent.seconds, spent.seconds * times
         self.spent.add(spent, times)
         self.spent.seconds = before
-        self._pass(spent.seconds * times, 0.0)
+        held = {link: kept * times for link, kept in spent.held.items()}
+        taken = {link: self.free.get(link, 0.0) - self.now for link in held if self.free.get(link, 0.0) > self.now}
+        self._pass(seconds, 0.0)
+        for link in taken:
+            late = held[link] + taken[link] - seconds
+            if late > 0:
+                seconds += late
+                self._charge(self.holders[link], late)
+        for link, left in taken.items():
+            self.free[link] = self.now - seconds + left + held[link]
+
+    def _charge(self, wait: Wait, seconds: float) -> None:
+        self.spent.waits[wait] = self.spent.waits.get(wait, 0.0) + seconds
+        self._pass(seconds, 0.0)
 
     def _start(self, name: str, use: Use, wait: Wait) -> str:
-        begin = max([self.now, *(self.free.get(link, 0.0) for link in use.links)])
-        self.free |= dict.fromkeys(use.links, begin + use.seconds)
-        self.ends[name] = begin + use.seconds, wait
-        self.spent.sent[wait] = self.spent.sent.get(wait, 0.0) + use.seconds
+        taken = max(use.links, key=lambda link: self.free.get(link, 0.0), default="")
+        begin = max(self.now, self.free.get(taken, 0.0))
+        holder = self.holders.get(taken, wait) if begin > self.now else wait
+        for link in use.links:
+            self.free[link], self.holders[link] = begin + use.seconds, wait
+            self.spent.held[link] = self.spent.held.get(link, 0.0) + use.seconds
+        self.ends[name] = _Flight(begin, begin + use.seconds + use.latency, wait, holder)
+        self.spent.sent[wait] = self.spent.sent.get(wait, 0.0) + use.seconds + use.latency
         return name
 
     def _wait(self, name: str) -> None:
-        end, wait = self.ends.pop(name, (0.0, None))
-        if wait is not None and end > self.now:
-            self.spent.waits[wait] = self.spent.waits.get(wait, 0.0) + end - self.now
-            self._pass(end - self.now, 0.0)
+        flight = self.ends.pop(name, None)
+        if flight is None or flight.end <= self.now:
+            return
+        if "windowed_dot_general" in self.computation.name:
+            self.spent.windows += flight.end - self.now
+        if flight.begin > self.now:
+            # Another one keeps the link.
+            self._charge(flight.holder, flight.begin - self.now)
+        self._charge(flight.wait, flight.end - self.now)
 
     def _fused_collective(self, one: Instruction, inner: Instruction) -> None:
         """A fusion that holds a collective: its start, its end, work beside it, or the whole of it."""
@@ -271,11 +316,12 @@ class _Track:
 
     def _transfer(self, one: Instruction) -> None:
         """What goes to another slice and comes from there: a pair of `send` and `recv` is one collective."""
-        transfer = read_transfer(one, self.walk.machine.mesh)
+        machine = self.walk.machine
+        transfer = read_transfer(self.computation, one, machine.mesh, machine.torus.slices)
         if transfer is None:
             return
         if one.opcode == "send":
-            use = time_network(self.walk.machine.torus.rates, transfer.kind, transfer.slices, one.arrays[0].bytes)
+            use = time_network(machine.torus.rates, transfer.kind, transfer.slices, transfer.bytes)
             self._start(transfer.name, use, Wait(transfer.axes, DCN))
         elif one.opcode == "recv-done":
             self._wait(transfer.name)
@@ -288,12 +334,14 @@ class _Track:
         return moved / self.walk.machine.torus.rates.hbm
 
     def _finish_copy(self, name: str) -> None:
+        if name not in self.copies:
+            return
         left = 0.0
         for each in list(self.copies):
             left += self.copies.pop(each)
             if each == name:
                 break
-        if name not in self.ends and left:
+        if left:
             self.spent.busy[MEMORY] = self.spent.busy.get(MEMORY, 0.0) + left
             self.now += left
 
@@ -301,7 +349,11 @@ class _Track:
         rates = self.walk.machine.torus.rates
         work = work_of(self.walk.program, self.computation, one, rates.array)
         products, memory = work.flops / rates.math, work.bytes / rates.hbm
-        kernel = self.walk.kernel_seconds(self.computation, one) if one.opcode == "custom-call" else 0.0
+        kernel = 0.0
+        if one.opcode == "custom-call" and "tpu_custom_call" in one.text:
+            found = self.walk.kernel_seconds(self.computation, one)
+            self.spent.unknown_kernels += found is None
+            kernel = found or 0.0
         seconds = max(products, memory, kernel)
         bound = KERNEL if kernel == seconds else MATH if products == seconds else MEMORY
         if seconds:
@@ -320,6 +372,11 @@ class _Track:
             left -= part
 
 
+def _plain(name: str) -> str:
+    """A name as XLA writes it in a program."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)
+
+
 def _channel(one: Instruction) -> str:
     return f"channel {one.attribute('channel_id')}"
 
@@ -328,5 +385,4 @@ def torus_of(mesh: Mesh, shape: tuple[int, ...], rates: Rates) -> Torus:
     """Returns where the devices of a target's mesh are, in the order in which a program counts them."""
     devices = list(mesh.devices.flat)
     places = np.array([list(device.coords)[: len(shape)] for device in devices])
-    slices = np.array([getattr(device, "slice_index", 0) or 0 for device in devices])
-    return Torus(shape, places, slices, rates)
+    return Torus(shape, places, slices_of(mesh), rates)

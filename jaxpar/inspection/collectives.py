@@ -84,7 +84,7 @@ def find_collectives(
     [('all-reduce', ('model',), 32)]
     """
     runs = program.runs()
-    slices = np.array([_slice_index(device, slice_of) for device in mesh.devices.flat])
+    slices = slices_of(mesh, slice_of)
     fused = {name for computation in program.computations.values() for name in _fused_by(computation)}
     found, seen = [], set()
     for computation in program.computations.values():
@@ -92,7 +92,8 @@ def find_collectives(
             continue
         for one in computation:
             kind = one.opcode.removesuffix("-start")
-            if one.opcode == "send" and (transfer := read_transfer(one, mesh)) is not None:
+            transfer = read_transfer(computation, one, mesh, slices) if one.opcode == "send" else None
+            if transfer is not None:
                 found.append(_read_transfer(program, one, transfer, runs[computation.name]))
             if kind not in KINDS:
                 continue
@@ -102,7 +103,7 @@ def find_collectives(
                 if channel in seen:
                     continue
                 seen.add(channel)
-            groups = read_groups(one.text, mesh.size)
+            groups = groups_of(one, mesh, slices)
             found += _read_one(program, computation, one, kind, groups, mesh, slices, runs[computation.name])
     return tuple(found)
 
@@ -160,46 +161,94 @@ def axes_of_groups(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     return axes if math.prod(mesh.shape[axis] for axis in axes) == groups.shape[1] else ()
 
 
+def axes_touched(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """Returns the mesh axes along which devices of a group differ, though they fill but a part of one.
+
+    >>> import jaxpar
+    >>> axes_touched(np.array([[0, 1], [2, 3]]), jaxpar.make_mesh(data=2, fsdp=4))
+    ('fsdp',)
+    """
+    places = np.array(np.unravel_index(groups, mesh.devices.shape))
+    varying = (places != places[:, :, :1]).any(axis=(1, 2)) if groups.size else np.zeros(len(places), bool)
+    return tuple(axis for axis, varies in zip(mesh.axis_names, varying, strict=True) if varies)
+
+
+def slices_of(mesh: Mesh, slice_of: Callable[[Any], int] | None = None) -> np.ndarray:
+    """Returns the slice that each device is on, in the order in which a program counts them."""
+    return np.array([_slice_index(device, slice_of) for device in mesh.devices.flat])
+
+
+def groups_of(one: Instruction, mesh: Mesh, slices: np.ndarray) -> np.ndarray:
+    """Returns which devices of a mesh take part in a collective together: see `read_groups`.
+
+    The TPU compiler cuts a program for several slices into one for each, which counts its own devices alone: its groups
+    are those of the first slice.
+    """
+    groups = read_groups(one.text, mesh.size)
+    first = np.flatnonzero(slices == slices[0])
+    is_own = groups.size and len(first) < mesh.size and groups.max() < len(first)
+    return first[groups] if is_own else groups
+
+
 class Transfer(NamedTuple):
     """A part of a collective between slices, which the hosts do: a `send` and a `recv` of one name.
 
     Attributes:
       name: what the two have in common.
       kind: as XLA calls the collective.
-      slices: how many take part.
+      slices: how many take part together.
       axes: the mesh axes along which the slices lie.
-      groups: the devices that take part together.
+      bytes: what a device puts in.
     """
 
     name: str
     kind: str
     slices: int
     axes: tuple[str, ...]
-    groups: np.ndarray
+    bytes: int
 
 
-def read_transfer(one: Instruction, mesh: Mesh) -> Transfer | None:
-    """Returns what a `send` or `recv`, or its end, is a part of; None if hosts do nothing for it."""
+def read_transfer(computation: Computation, one: Instruction, mesh: Mesh, slices: np.ndarray) -> Transfer | None:
+    """Returns what a `send` or `recv`, or its end, is a part of; None if hosts do nothing for it.
+
+    Who takes part is told as `{1,2}x{0:63}`, slices and devices in each, or as pairs or groups of single devices, as
+    `{100000->200000}`: a slice's number, from 1, times 100,000 and the device's own.
+    """
     name = re.search(r'host_transfer_rendezvous="([^"]*)"', one.text)
-    kind = re.search(r'megascale_transfer_type="([^"]*)"', one.text)
-    target = re.search(r'megascale_target="([^"]*)"', one.text)
+    kind = re.search(r'megascale_transfer_type="?([A-Z_]+)', one.text)
+    target = re.search(r'megascale_target=(?:"([^"]*)"|(\{\{.*?\}\}))', one.text)
     if not name or not kind or not target:
         return None
-    # Slices, counted from 1, and the devices of each that take part: {1,2}x{0:63}, or pairs of slices for a permute.
-    listed = re.findall(r"\{([\d,]+)\}", target[1])
-    chosen = sorted({int(number) for group in listed[:1] for number in group.split(",")}) or [1]
-    slices = len(np.unique([_slice_index(device, None) for device in mesh.devices.flat]))
-    inside = mesh.size // slices
-    groups = np.array([[(number - 1) * inside + place for number in chosen] for place in range(inside)])
+    if target[1]:
+        listed = re.search(r"\{([\d,]+)\}", target[1])
+        count = len(set(listed[1].split(","))) if listed else 1
+    else:
+        groups = re.findall(r"\{([\d,\->]+)\}", target[2])
+        count = max(len({int(number) // 100_000 for number in re.findall(r"\d+", group)}) for group in groups)
     named = {"ONE_TO_ONE": "collective-permute"}.get(kind[1], kind[1].lower().replace("_", "-"))
-    return Transfer(name[1], named, len(chosen), axes_of_groups(groups, mesh), groups)
+    places = np.array(np.unravel_index(np.arange(mesh.size), mesh.devices.shape))
+    first = slices == slices[0]
+    axes = tuple(
+        axis
+        for axis, place in zip(mesh.axis_names, places, strict=True)
+        if len(np.unique(place[first])) < mesh.shape[axis]
+    )
+    # What comes and what goes differ where one of them has room for the worst case.
+    pair = [each for each in computation if each.opcode in ("send", "recv") and f'"{name[1]}"' in each.text]
+    sizes = [each.arrays[0].bytes for each in pair if each.arrays]
+    count_bytes = min(sizes, default=0) if named.startswith("ragged") else max(sizes[:1], default=0)
+    if one.opcode == "send" and not named.startswith("ragged"):
+        count_bytes = one.arrays[0].bytes
+    return Transfer(name[1], named, count, axes, count_bytes)
 
 
 def _read_transfer(program: Program, one: Instruction, transfer: Transfer, times: int | None) -> Collective:
-    array, size = one.arrays[0], transfer.slices
-    sent = wire_bytes(transfer.kind, array.bytes, size)
+    size = transfer.slices
+    sent = wire_bytes(transfer.kind, transfer.bytes, size)
     source = describe_source(program.trace(one))
-    return Collective(transfer.kind, transfer.axes, size, array, sent, times, True, True, source, _operation(one))
+    return Collective(
+        transfer.kind, transfer.axes, size, one.arrays[0], sent, times, True, True, source, _operation(one)
+    )
 
 
 def axes_of_moves(pairs: np.ndarray, mesh: Mesh) -> tuple[str, ...]:

@@ -70,7 +70,8 @@ def count_kernels(jaxpr: Any) -> dict[tuple[str, tuple[tuple[int, ...], ...]], i
                     2 * math.prod(shape) * times for body in inner_jaxprs(eqn) for shape, _, times, _ in _visit(body, 1)
                 )
                 shapes = tuple(tuple(atom.aval.shape) for atom in eqn.outvars)
-                found[eqn.params.get("name") or "", shapes] = grid * inside
+                key = eqn.params.get("name") or "", shapes
+                found[key] = max(found.get(key, 0), grid * inside)
             else:
                 left += inner_jaxprs(eqn)
     return found
