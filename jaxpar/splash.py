@@ -52,8 +52,8 @@ def splash_attention(
     rows = tuple(axis for axis in open_axes if axis in BATCH_AXES)
     if others := [axis for axis in open_axes if axis not in (*BATCH_AXES, _MODEL)]:
         raise MeshError(
-            f"The mesh has the axis {others[0]!r}, over which XLA can't split the kernel: use jaxpar.ring_attention for "
-            "'context', and jax.nn.dot_product_attention in stages."
+            f"The mesh has the axis {others[0]!r}, over which XLA can't split the kernel: use jaxpar.ring_attention "
+            "for 'context', and jax.nn.dot_product_attention in stages."
         )
     heads = _MODEL if _MODEL in open_axes else None
     if not rows and heads is None:

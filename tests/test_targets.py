@@ -256,10 +256,10 @@ def test_an_estimate_knows_math_links_and_slices():
     assert {(wait.axes, wait.link) for wait in slices.sent} >= {(("data",), "DCN"), (("fsdp",), "ICI")}
     assert any(one.crosses_slices and one.axes == ("data",) for one in jaxpar.inspect(step, state, batch).collectives)
     for given in (0, -1, True, "2", 0.5):
-        with pytest.raises(jaxpar.EstimationError, match="tokens is .*; give a whole number, 1 or more"):
+        with pytest.raises(jaxpar.EstimationError, match=r"tokens is .*; give a whole number, 1 or more"):
             jaxpar.estimate(step, state, batch, tokens=given)
     for name, given in (("seconds", "5"), ("seconds", 0), ("dollars_an_hour", float("nan"))):
-        with pytest.raises(jaxpar.EstimationError, match=f"{name} is .*; give a number above 0"):
+        with pytest.raises(jaxpar.EstimationError, match=rf"{name} is .*; give a number above 0"):
             jaxpar.estimate(step, state, batch, **{name: given})
 
 

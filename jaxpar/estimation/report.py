@@ -209,9 +209,9 @@ class Estimate:
             )
         if self.windows > 0.02 * self.seconds:
             notes.append(
-                f"For {_time(self.windows)} a step waits for parts that XLA passes round in rings, in step with products "
-                "(windowed einsum); compiler_options={'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'} makes "
-                "whole collectives of them, which may be faster."
+                f"For {_time(self.windows)} a step waits for parts that XLA passes round in rings, in step with "
+                "products (windowed einsum); whole collectives may be faster, by compiler_options="
+                "{'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}."
             )
         if self.unknown_kernels:
             notes.append(
