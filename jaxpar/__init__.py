@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from jaxpar.context import split_sequence as split_sequence
     from jaxpar.context import ulysses_attention as ulysses_attention
     from jaxpar.data_parallel import data_parallel as data_parallel
+    from jaxpar.distributed import DistributedError as DistributedError
+    from jaxpar.distributed import initialize as initialize
     from jaxpar.estimation.report import Estimate as Estimate
     from jaxpar.estimation.report import EstimationError as EstimationError
     from jaxpar.estimation.report import estimate as estimate
@@ -83,6 +85,7 @@ _HOME = {
     "checkpoint": ("CheckpointError", "Checkpoints", "CheckpointWarning"),
     "context": ("ring_attention", "split_sequence", "ulysses_attention"),
     "data_parallel": ("data_parallel",),
+    "distributed": ("DistributedError", "initialize"),
     "estimation.report": ("Estimate", "EstimationError", "estimate"),
     "evaluation": ("EvalStep", "evaluate", "make_eval_step"),
     "expert": ("ExpertError", "ExpertKernels", "MoE", "MoELosses", "mixture_of_experts"),

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jaxpar
 from jaxpar.usage import UsageError, path_name, positive_number, whole_number
@@ -40,25 +40,45 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxpar", description=jaxpar.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"jaxpar {jaxpar.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True, dest="command")
-    train = commands.add_parser(
-        "train",
-        help="train a byte-level transformer on text, on any mesh",
-        description="Trains a byte-level decoder-only transformer on text, with the same curve on every mesh; but "
-        "experts are balanced over the rows that a stage or a microbatch sees at once.",
+    makers = (_add_train, _add_inspect, _add_estimate, _add_checkpoint, _add_launch, _add_doctor)
+    for each in (parser, *(make(commands) for make in makers)):
+        # argparse would print the usage too, several lines, and leave the process.
+        each.error = _raise_usage
+    return parser
+
+
+def _add_command(commands: Any, name: str, summary: str, description: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
+    )
+
+
+def _add_train(commands: Any) -> argparse.ArgumentParser:
+    train = _add_command(
+        commands,
+        "train",
+        "train a byte-level transformer on text, on any mesh",
+        "Trains a byte-level decoder-only transformer on text, with the same curve on every mesh; but experts are "
+        "balanced over the rows that a stage or a microbatch sees at once.",
     )
     _add_placement(train)
     _add_job(train)
     _add_model(train)
     train.set_defaults(run=_train)
-    inspect = commands.add_parser(
+    return train
+
+
+def _add_inspect(commands: Any) -> argparse.ArgumentParser:
+    inspect = _add_command(
+        commands,
         "inspect",
-        help="say what a step will do on a mesh, here or on a TPU pod that isn't",
-        description="Compiles a train step and runs nothing: prints memory, collectives beside the fewest bytes that "
-        "they could move, and matrix products. MODULE is your own code, and is run. Exit code 1: it does not fit.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        "say what a step will do on a mesh, here or on a TPU pod that isn't",
+        "Compiles a train step and runs nothing: prints memory, collectives beside the fewest bytes that they could "
+        "move, and matrix products. MODULE is your own code, and is run. Exit code 1: it does not fit.",
     )
     _add_module(inspect)
     _add_target(inspect).add_argument(
@@ -66,37 +86,57 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     _add_model(inspect)
     inspect.set_defaults(run=_inspect)
-    estimate = commands.add_parser(
+    return inspect
+
+
+def _add_estimate(commands: Any) -> argparse.ArgumentParser:
+    estimate = _add_command(
+        commands,
         "estimate",
-        help="say how long a step takes on a TPU pod that isn't here, and what it costs",
-        description="Compiles a train step for a TPU pod and runs nothing: prints the step's time as a range, what it "
-        "waits for, whether it fits and dollars; for several pods one table. MODULE is your own code, and is run. Exit "
-        "code 1: it does not fit.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        "say how long a step takes on a TPU pod that isn't here, and what it costs",
+        "Compiles a train step for a TPU pod and runs nothing: prints the step's time as a range, what it waits for, "
+        "whether it fits and dollars; for several pods one table. MODULE is your own code, and is run. Exit code 1: it "
+        "does not fit.",
     )
     _add_module(estimate)
-    _add_estimate(_add_target(estimate))
+    _add_pods(_add_target(estimate))
     _add_model(estimate)
     estimate.set_defaults(run=_estimate)
-    checkpoint = commands.add_parser(
+    return estimate
+
+
+def _add_checkpoint(commands: Any) -> argparse.ArgumentParser:
+    checkpoint = _add_command(
+        commands,
         "checkpoint",
-        help="list a folder's checkpoints, and check every file of them",
-        description="Lists the checkpoints in a folder: step, bytes, digest, and what each needs. Exit code 1: one of "
-        "them is damaged.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        "list a folder's checkpoints, and check every file of them",
+        "Lists the checkpoints in a folder: step, bytes, digest, and what each needs. Exit code 1: one is damaged.",
     )
     checkpoint.add_argument("directory", metavar="DIR", type=path_name, help="the folder")
     checkpoint.add_argument("--verify", action="store_true", help="compare every file with its SHA-256 digest")
     checkpoint.add_argument("--json", action="store_true", help="print plain data")
     checkpoint.set_defaults(run=_checkpoint)
+    return checkpoint
+
+
+def _add_launch(commands: Any) -> argparse.ArgumentParser:
+    launch = _add_command(
+        commands,
+        "launch",
+        "run a program in several processes on this machine",
+        "Runs a program in several processes, each of which calls jaxpar.initialize(); their output is prefixed, "
+        "signals are passed on, and when one ends badly all are ended.",
+    )
+    launch.add_argument("-n", "--processes", type=whole_number(1, 1024), required=True, metavar="N", help="how many")
+    launch.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ...", help="what to run")
+    launch.set_defaults(run=_launch)
+    return launch
+
+
+def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what JAX sees here, and what its settings cost")
     doctor.set_defaults(run=_doctor)
-    for each in (parser, train, inspect, estimate, checkpoint, doctor):
-        # argparse would print the usage too, several lines, and leave the process.
-        each.error = _raise_usage
-    return parser
+    return doctor
 
 
 def _add_placement(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +178,7 @@ def _add_module(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(learning_rate=1e-3, steps=1)
 
 
-def _add_estimate(group: argparse._ArgumentGroup) -> None:
+def _add_pods(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--target",
         metavar="POD,...",
@@ -230,6 +270,12 @@ def _checkpoint(options: argparse.Namespace) -> int:
     from jaxpar.checkpoint_command import list_checkpoints
 
     return list_checkpoints(options)
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from jaxpar.launch_command import launch
+
+    return launch(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -1,6 +1,10 @@
-"""A run of `fit` as a program of its own, to be killed: python fit_program.py FOLDER STEPS [axes] [pause] [when]."""
+"""A run of `fit` as a program of its own, to be killed: python fit_program.py FOLDER STEPS [axes] [pause] [when].
+
+Under `jaxpar launch` its four devices lie on as many processes.
+"""
 
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -8,14 +12,16 @@ import time
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 4 // int(os.environ.get("JAXPAR_PROCESSES", "1")))
 jax.config.update("jax_platforms", "cpu")
+
+import jaxpar
+
+index, count = jaxpar.initialize()
 
 import numpy as np
 import optax
 from flax import nnx
-
-import jaxpar
 
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 axes = sys.argv[3] if len(sys.argv) > 3 else "fsdp=4"
@@ -48,12 +54,15 @@ def loss_fn(model, batch, rng):
 
 
 def batches(step):
+    part, parts = strategy.data_shard()
     while True:
-        yield {"x": np.random.default_rng(step).normal(size=(8, 8)).astype("f4")}
+        yield {"x": np.split(np.random.default_rng(step).normal(size=(8, 8)).astype("f4"), parts)[part]}
         step += 1
 
 
 def log(step, metrics):
+    if index:
+        return
     with (folder / "log.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
     print(step, flush=True)

@@ -1,0 +1,97 @@
+"""Joining many processes into one program: who is the first, who am I; changes with `jax.distributed`."""
+
+import os
+import re
+
+import jax
+
+# What `jaxpar launch` tells each process that it starts.
+ADDRESS, COUNT, INDEX = "JAXPAR_ADDRESS", "JAXPAR_PROCESSES", "JAXPAR_PROCESS"
+_HEARTBEAT_SECONDS = 30
+
+
+class DistributedError(RuntimeError):
+    """Processes that can't be joined: the message says what is missing, or who didn't answer."""
+
+
+def initialize(
+    address: str | None = None, count: int | None = None, index: int | None = None, *, bind: str | None = None
+) -> tuple[int, int]:
+    """Returns `(index, count)` of this process, joined with the others; call it before anything else of JAX.
+
+    Under `jaxpar launch`, on Cloud TPU, and under Slurm, MPI or Kubernetes, where JAX finds the others by itself, it
+    takes no arguments. Elsewhere give all three, alike in all processes but for the index. In one process of its own it
+    does nothing. A process that is dead or hangs ends all others within half a minute.
+
+    The first process listens at its address alone, where JAX by itself would at every one that the host has. There is
+    no authentication: whoever reaches that port can end the job. Keep it inside of your own network.
+
+    Args:
+      address: of the first process, as `10.0.0.1:1234`; its port is free.
+      count: how many processes.
+      index: which of them this is, from 0.
+      bind: where the first process listens, if not at `address`.
+
+    Raises:
+      DistributedError: some but not all of the three are given, one can't be, or the others didn't answer.
+
+    >>> initialize()
+    (0, 1)
+    """
+    given = {"address": address, "count": count, "index": index}
+    if ADDRESS in os.environ and not any(value is not None for value in given.values()):
+        address, count, index = os.environ[ADDRESS], int(os.environ[COUNT]), int(os.environ[INDEX])
+        given = {"address": address, "count": count, "index": index}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        return _join_detected()
+    if missing:
+        raise DistributedError(f"{', '.join(missing)} is missing: give address, count and index, or none of them.")
+    return _join(str(address), count, index, bind)
+
+
+def _join(address: str, count: object, index: object, bind: str | None) -> tuple[int, int]:
+    if not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", address):
+        raise DistributedError(f"address is {address!r}; give a host and a port, as '10.0.0.1:1234'.")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise DistributedError(f"count is {count!r}; give a whole number, 1 or more.")
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        raise DistributedError(f"index is {index!r}; of {count} processes give a whole number from 0 to {count - 1}.")
+    if count == 1:
+        return 0, 1
+    _check_unused()
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            coordinator_bind_address=bind or address,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            cluster_detection_method="deactivate",
+        )
+    except Exception as error:
+        raise DistributedError(
+            f"Process {index} of {count} could not join at {address}: {str(error).splitlines()[0]}. Do all of them "
+            "run, with the same address and count, and can they reach it?"
+        ) from error
+    return index, count
+
+
+def _join_detected() -> tuple[int, int]:
+    if jax.distributed.is_initialized():
+        return jax.process_index(), jax.process_count()
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    except ValueError:
+        # JAX found no cluster around it: this process is alone.
+        return 0, 1
+    except RuntimeError as error:
+        if "must be called before" in str(error):
+            return 0, 1
+        raise DistributedError(f"The processes that JAX found could not be joined: {error}") from error
+    return jax.process_index(), jax.process_count()
+
+
+def _check_unused() -> None:
+    if jax.distributed.is_initialized():
+        raise DistributedError("The processes are joined already; call jaxpar.initialize once.")

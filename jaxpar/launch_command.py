@@ -1,0 +1,108 @@
+"""`jaxpar launch`: several processes of one program on this machine, started together and ended together."""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import IO
+
+from jaxpar.usage import UsageError
+
+# As in jaxpar.distributed, which would import JAX.
+_ADDRESS, _COUNT, _INDEX = "JAXPAR_ADDRESS", "JAXPAR_PROCESSES", "JAXPAR_PROCESS"
+_GRACE_SECONDS = 10
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Returns 0 once all processes have ended well; else the exit code of the first that didn't, after ending the rest.
+
+    Raises:
+      UsageError: there is no such program.
+    """
+    command = options.program[1:] if options.program[:1] == ["--"] else options.program
+    if not command:
+        raise UsageError("There is nothing to launch; give a program after --, as -- python train.py.")
+    if shutil.which(command[0]) is None:
+        raise UsageError(f"{command[0]!r} is no program that can be run; give one after --, as -- python train.py.")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    told = {_ADDRESS: address, _COUNT: str(options.processes), "PYTHONUNBUFFERED": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **told, _INDEX: str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A signal from the terminal comes once, from here.
+            start_new_session=True,
+        )
+        for index in range(options.processes)
+    ]
+    readers = [threading.Thread(target=_prefix, args=(index, one.stdout)) for index, one in enumerate(processes)]
+    for reader in readers:
+        reader.start()
+    before = {number: signal.signal(number, _passer(processes)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _wait(processes)
+    finally:
+        for one in processes:
+            one.kill()
+        for reader in readers:
+            reader.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _passer(processes: list[subprocess.Popen[str]]) -> signal.Handlers:
+    def pass_on(number: int, frame: object) -> None:
+        for one in processes:
+            if one.poll() is None:
+                one.send_signal(number)
+
+    return pass_on  # pyright: ignore[reportReturnType]
+
+
+def _wait(processes: list[subprocess.Popen[str]]) -> int:
+    """Waits until all have ended, or one ended badly: then the others are asked to, and after a while made to."""
+    while any(one.poll() is None for one in processes):
+        failed = next((index for index, one in enumerate(processes) if one.poll() not in (None, 0)), None)
+        if failed is not None:
+            code = processes[failed].returncode
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+            print(f"jaxpar: process {failed} ended {how}; the others are ended too", file=sys.stderr, flush=True)
+            _end(processes)
+            return _code_of(processes[failed])
+        time.sleep(0.05)
+    return max(map(_code_of, processes))
+
+
+def _code_of(process: subprocess.Popen[str]) -> int:
+    """A process's exit code as a shell tells it: 128 and the signal's number, where one ended it."""
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _end(processes: list[subprocess.Popen[str]]) -> None:
+    for one in processes:
+        if one.poll() is None:
+            one.terminate()
+    end = time.monotonic() + _GRACE_SECONDS
+    while any(one.poll() is None for one in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+    for one in processes:
+        # A stopped process takes no other signal.
+        one.kill()
+        one.wait()
+
+
+def _prefix(index: int, stream: IO[str] | None) -> None:
+    for line in stream or ():
+        print(f"[{index}] {line}", end="" if line.endswith("\n") else "\n", flush=True)
+    if stream is not None:
+        stream.close()

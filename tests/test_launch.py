@@ -1,0 +1,180 @@
+"""Many processes: joined, launched and ended together; their checkpoints go on in any number of processes."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxpar.__main__ import main
+from jaxpar.distributed import DistributedError, initialize
+
+PROGRAM = pathlib.Path(__file__).parent / "fit_program.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"address": "127.0.0.1:1"}, "count, index is missing: give address, count and index, or none of them"),
+        ({"address": "here", "count": 2, "index": 0}, "address is 'here'; give a host and a port, as '10.0.0.1:1234'"),
+        ({"address": "h:1", "count": 0, "index": 0}, "count is 0; give a whole number, 1 or more"),
+        ({"address": "h:1", "count": 2, "index": 2}, "index is 2; of 2 processes give a whole number from 0 to 1"),
+        ({"address": "h:1", "count": 2, "index": True}, "index is True; of 2 processes"),
+    ],
+)
+def test_what_cannot_be_joined_is_named(arguments, message):
+    with pytest.raises(DistributedError, match=message):
+        initialize(**arguments)
+
+
+def test_one_process_is_alone():
+    assert initialize() == (0, 1)
+    assert initialize("127.0.0.1:1", 1, 0) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "2"], "There is nothing to launch; give a program after --"),
+        (["-n", "2", "--", "no-such-program"], "'no-such-program' is no program that can be run"),
+        (["-n", "0", "--", "true"], "a whole number, from 1 to 1024, is needed"),
+    ],
+)
+def test_what_cannot_be_launched_is_named(arguments, message, capsys):
+    assert main(["launch", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_output_is_prefixed_and_the_first_bad_end_ends_all(capfd):
+    code = "import os, sys, time; i = os.environ['JAXPAR_PROCESS']; print('hello', i); time.sleep(60 * int(i))"
+    code += "; sys.exit(3)"
+    began = time.monotonic()
+    assert main(["launch", "-n", "3", "--", sys.executable, "-c", code]) == 3
+    assert time.monotonic() - began < 15
+    out, err = capfd.readouterr()
+    assert "[0] hello 0" in out
+    assert "jaxpar: process 0 ended with code 3; the others are ended too" in err
+
+
+def test_all_ending_well_is_well(capfd):
+    assert main(["launch", "-n", "2", "--", sys.executable, "-c", "print('well')"]) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == ["[0] well", "[1] well"]
+
+
+# ---- real processes
+
+
+@contextlib.contextmanager
+def launched(count, folder, *more):
+    command = [
+        sys.executable,
+        "-m",
+        "jaxpar",
+        "launch",
+        "-n",
+        str(count),
+        "--",
+        sys.executable,
+        str(PROGRAM),
+        str(folder),
+    ]
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*command, *map(str, more)], env=env, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def finish(count, folder, *more):
+    with launched(count, folder, *more) as process:
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out[-1000:] + err[-2000:]
+
+
+def wait_for(process, line):
+    for told in process.stdout:
+        if told.strip() == line:
+            return
+    pytest.fail(f"no {line}: {process.stderr.read()[-2000:]}")
+
+
+def log_of(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_train_bit_for_bit_alike(tmp_path):
+    logs = []
+    for count in (1, 2, 4):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        finish(count, folder, 6, "data=4")
+        logs.append(log_of(folder))
+    assert len(logs[0]) == 6
+    assert logs[0] == logs[1] == logs[2]
+
+
+@pytest.mark.slow
+def test_a_run_in_four_processes_goes_on_in_one_and_in_two(tmp_path):
+    for name in ("moved", "whole"):
+        (tmp_path / name).mkdir()
+    finish(4, tmp_path / "moved", 6, "fsdp=4")
+    finish(1, tmp_path / "moved", 12, "fsdp=2,model=2")
+    finish(2, tmp_path / "moved", 18, "fsdp=4")
+    finish(1, tmp_path / "whole", 18, "fsdp=4")
+    moved, whole = log_of(tmp_path / "moved"), log_of(tmp_path / "whole")
+    assert [number for number, _ in moved] == list(range(1, 19))
+    assert [loss for _, loss in moved] == pytest.approx([loss for _, loss in whole], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_several_that_are_asked_to_end_save_the_same_step_and_go_on(tmp_path):
+    with launched(2, tmp_path, 30, "fsdp=4", 0.1) as process:
+        wait_for(process, "[0] 8")
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        code = process.wait(60)
+        assert time.monotonic() - began < 20
+    assert code == 143, process.stderr.read()[-2000:]
+    finish(2, tmp_path, 30, "fsdp=4")
+    assert [number for number, _ in log_of(tmp_path)] == list(range(1, 31))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_peer_that_is_dead_or_hangs_ends_the_others(tmp_path, sent):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    env |= {"JAXPAR_ADDRESS": address, "JAXPAR_PROCESSES": "2"}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for index in range(2):
+            log = stack.enter_context((tmp_path / f"{index}.txt").open("w"))
+            command = [sys.executable, str(PROGRAM), str(tmp_path), "1000", "fsdp=4", "0.1"]
+            each = subprocess.Popen(command, env={**env, "JAXPAR_PROCESS": str(index)}, stdout=log, stderr=log)
+            stack.callback(each.wait)
+            stack.callback(each.kill)
+            processes.append(each)
+        end = time.monotonic() + 60
+        while "\n6\n" not in (tmp_path / "0.txt").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        processes[1].send_signal(sent)
+        began = time.monotonic()
+        assert processes[0].wait(60) != 0
+        # The heartbeat, and ten seconds.
+        assert time.monotonic() - began < 40
+    assert re.search(r"process 1|task[:/ ]*1|another|peer|Connection|heartbeat", (tmp_path / "0.txt").read_text())
