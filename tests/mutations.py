@@ -1172,6 +1172,127 @@ MUTATIONS += [
     ),
 ]
 
+ESTIMATION, SAVED, FIT = (
+    "tests/test_estimation.py::test_",
+    "tests/test_checkpoint.py::test_",
+    "tests/test_fit.py::test_",
+)
+LINKS = ESTIMATION + "a_collective_takes_the_links_of_its_own_axis"
+MUTATIONS += [
+    Mutation(
+        "a ring taken for a line in an estimate",
+        "estimation/links.py",
+        "torus.rates.link * (2 if is_ring else 1) / stride",
+        "torus.rates.link / stride",
+        LINKS,
+    ),
+    Mutation(
+        "the traffic of others forgotten in an estimate",
+        "estimation/links.py",
+        "(2 if is_ring else 1) / stride",
+        "(2 if is_ring else 1)",
+        LINKS,
+    ),
+    Mutation(
+        "an all-reduce as short as a gather in an estimate",
+        "estimation/links.py",
+        "Use(steps * seconds, links,",
+        "Use(seconds, links,",
+        LINKS,
+    ),
+    Mutation(
+        "the busiest link forgotten in an estimate",
+        "estimation/links.py",
+        "float(carried.max())",
+        "float(carried.max() > 0)",
+        ESTIMATION + "the_busiest_link_of_a_permute_decides",
+    ),
+    Mutation(
+        "padding not gone through in an estimate",
+        "estimation/costs.py",
+        "inner * math.ceil(met / made)",
+        "inner * max(met // made, 1)",
+        ESTIMATION + "a_convolution_is_the_product_that_it_means",
+    ),
+    Mutation(
+        "a slice read whole in an estimate",
+        "estimation/costs.py",
+        "if place == 0 and one.opcode in _PARTIAL:",
+        "if False:",
+        ESTIMATION + "a_fusion_moves_what_it_needs",
+    ),
+    Mutation(
+        "a loop's trips forgotten in an estimate",
+        "estimation/timeline.py",
+        'self._join(self.walk.run(one.attribute("body")), 1 if trips is None else trips)',
+        'self._join(self.walk.run(one.attribute("body")), 1)',
+        ESTIMATION + "a_loop_takes_as_long_as_its_trips_and_one_of_unknown_trips_is_told",
+    ),
+    Mutation(
+        "the links of a loop forgotten in an estimate",
+        "estimation/timeline.py",
+        "late = held[link] + taken[link] - seconds",
+        "late = 0",
+        ESTIMATION + "what_a_loop_sends_waits_for_what_is_under_way_on_its_links",
+    ),
+    Mutation(
+        "the pace of slices forgotten in an estimate",
+        "estimation/timeline.py",
+        "torus.rates.doubling ** -math.log2(len(slices)) - 1",
+        "0",
+        ESTIMATION + "what_hosts_exchange_between_slices_is_one_collective_on_the_network",
+    ),
+    Mutation(
+        "devices of a slice counted as those of the mesh",
+        "inspection/collectives.py",
+        "return first[groups] if is_own else groups",
+        "return groups",
+        ESTIMATION + "of_several_slices_a_program_counts_its_own_devices",
+    ),
+    Mutation(
+        "digests not compared",
+        "manifest.py",
+        "if digest != told[name][1]:",
+        "if False:",
+        SAVED + "of_damaged_ones_the_one_before_is_taken_and_named",
+    ),
+    Mutation(
+        "a manifest's own digest not compared",
+        "manifest.py",
+        'if read.pop("digest", None) != _digest_of(read):',
+        'if read.pop("digest", None) is None:',
+        SAVED + "of_damaged_ones_the_one_before_is_taken_and_named",
+    ),
+    Mutation(
+        "a checkpoint's leaves not compared",
+        "checkpoint.py",
+        '_check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")',
+        "pass",
+        SAVED + "a_changed_dtype_or_shape_is_no_silent_cast",
+    ),
+    Mutation(
+        "what Orbax stores not compared",
+        "checkpoint.py",
+        '_check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)',
+        "pass",
+        SAVED + "a_changed_dtype_or_shape_is_no_silent_cast",
+    ),
+    Mutation(
+        "a run that goes on begins its batches anew",
+        "fit.py",
+        "given: Any = batches(self._drawn) if",
+        "given: Any = batches(0) if",
+        FIT + "a_run_in_two_parts_is_one_run_bit_for_bit[function]",
+    ),
+    Mutation(
+        "a loss that is no number is saved",
+        "fit.py",
+        "                failed = self._tell_late()\n                if failed is None:",
+        "                self._tell_late()\n                if failed is None:",
+        FIT + "a_loss_that_is_no_number_stops_the_run_and_is_not_saved",
+    ),
+]
+
 
 class Outcome(NamedTuple):
     mutation: Mutation

@@ -72,7 +72,13 @@ def values(state):
     return {path: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for path, leaf in named_leaves(state)}
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+FAST = {("one", "pmap"), ("pmap", "data"), ("fsdp x model", "pmap"), ("data x stage", "fsdp"), ("fsdp", "fsdp2")}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in dict.fromkeys(PAIRS)],
+)
 def test_a_checkpoint_restores_under_any_other_layout_bit_for_bit(tmp_path, source, target):
     _, state = start(source)
     strategy, other = start(target)
