@@ -76,6 +76,7 @@ def soak(count: int, kills: int, draw: random.Random) -> dict[str, int]:
         whole.mkdir()
         found = {"kills": 0, "most steps lost": 0, "steps of a SIGTERM lost": 0}
         for _ in range(kills):
+            before = len(read_log(folder))
             process = start(count, folder, steps, 0.02)
             time.sleep(draw.uniform(1, 6 + 2 * count))
             if process.poll() is not None:
@@ -83,7 +84,7 @@ def soak(count: int, kills: int, draw: random.Random) -> dict[str, int]:
             sent = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
             end(process, sent)
             found["kills"] += 1
-            reached = max((number for number, _ in read_log(folder)), default=0)
+            reached = max((number for number, _ in read_log(folder)[before:]), default=0)
             lost = max(reached - saved(folder), 0)
             found["most steps lost"] = max(found["most steps lost"], lost)
             if sent == signal.SIGTERM:

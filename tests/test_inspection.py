@@ -1,5 +1,6 @@
 """`inspect`: the reader on each trap of XLA's text, and live steps against closed forms."""
 
+import functools
 import json
 import sys
 
@@ -429,3 +430,23 @@ def test_a_slice_of_that_is_no_function_is_an_error():
 def test_a_budget_of_unknown_names_is_an_error(name):
     with pytest.raises(ValueError, match=f"The budget has '{name}'; write a kind and axes"):
         assert_collectives(None, None, None, {name: 1})
+
+
+def test_what_an_island_sends_is_its_own_bound():
+    mesh = jaxpar.make_mesh(data=2, context=4)
+    attend = functools.partial(jaxpar.ring_attention, is_causal=True)
+    strategy = jaxpar.sharded(mesh)
+    sizes = Sizes(d_model=32, layers=3, heads=4, kv_heads=4, hidden=64)
+    init_fn = lambda rng: jaxpar.TrainState.create(
+        Transformer(sizes, attend=attend, rngs=nnx.Rngs(rng)), optax.sgd(1.0)
+    )
+    step = jaxpar.make_train_step(loss_fn, strategy)
+    batch = {key: jax.ShapeDtypeStruct((8, 64), "uint8") for key in "xy"}
+    report = jaxpar.inspect(step, strategy.abstract_state(init_fn), batch)
+    found = {(row.axes, row.purpose): row for row in report.traffic}
+    ring = found[("context",), "activations"]
+    # Keys and values, of 4 rows, 16 tokens and 32 features: three hops forward, three back, three of their gradients.
+    assert ring.bound == 3 * 2 * 4 * 16 * 32 * 4 * (3 + 3 + 3)
+    assert ring.bound <= ring.bytes
+    gradients = found[("data", "context"), "weights and gradients"]
+    assert gradients.bound <= gradients.bytes < 1.1 * gradients.bound

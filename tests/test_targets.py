@@ -323,3 +323,26 @@ def test_a_compile_that_takes_too_much_memory_is_ended(monkeypatch, tmp_path):
     _, step, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"))
     with pytest.raises(AheadError, match=r"took .* of this machine's memory, of .* allowed, and was ended"):
         compile_ahead(step, state, batch, read_target("v5e-16"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axis", "parts", "ratio"),
+    [
+        ("context", {"attend": functools.partial(jaxpar.ring_attention, is_causal=True)}, 1.01),
+        ("expert", {"make_mlp": functools.partial(jaxpar.MoE, num_experts=8, top_k=2)}, 1.01),
+        # The output of the last stage goes to all of them.
+        ("stage", {"stage_microbatches": 8}, 1.5),
+    ],
+)
+def test_islands_send_what_they_say(axis, parts, ratio):
+    mesh = jaxpar.make_mesh(target="v5e-16", **{"data": 4, axis: 4})
+    rules = {"expert": [jaxpar.EXPERT], "stage": [jaxpar.PIPELINE]}.get(axis, [])
+    strategy = jaxpar.sharded(mesh, *rules)
+    sizes = Sizes(256, 4, 4, 4, 512)
+    init_fn = lambda rng: jaxpar.TrainState.create(Transformer(sizes, rngs=nnx.Rngs(rng), **parts), optax.sgd(1.0))
+    step = jaxpar.make_train_step(loss_fn, strategy, compute_dtype=jnp.bfloat16)
+    batch = {key: jax.ShapeDtypeStruct((64, 512), jnp.uint8) for key in "xy"}
+    report = jaxpar.inspect(step, strategy.abstract_state(init_fn), batch)
+    (row,) = [row for row in report.traffic if (row.axes, row.purpose) == ((axis,), "activations")]
+    assert 1 <= row.bytes / row.bound < ratio

@@ -49,7 +49,8 @@ class Terms(NamedTuple):
       compute_dtype: what the step casts floating-point parameters to, and so gathers and reduces; None for their own.
       num_microbatches: how often it gathers and reduces what batch axes split.
       summed_axes: the axes over which the builder itself sums gradients, once, in the dtype of their parameters.
-      partial_sums: the fewest bytes that each axis's parts of sums take, as `count_partial_sums` gives them.
+      partial_sums: the fewest bytes of activations over each axis: parts of sums, as `count_partial_sums` gives them,
+        or what an island sends, as `count_declared` does.
     """
 
     frozen: frozenset[str] = frozenset()
@@ -112,7 +113,9 @@ def _purpose_of(one: Collective, params: list[LayoutRow], mesh: Mesh) -> str:
 
 def _leaf_of(one: Collective, params: list[LayoutRow], mesh: Mesh) -> LayoutRow | None:
     """A parameter whose dims are those that a collective over batch axes moves; None if there is none."""
-    if not one.axes or not set(one.axes) <= set(BATCH_AXES) - set(_STAYS):
+    # Gradients of what islands leave whole are summed over their axes too.
+    islands = {"context", *_STAYS} if one.kind in ("all-reduce", "reduce-scatter") and len(one.axes) > 1 else set()
+    if not one.axes or not set(one.axes) <= set(BATCH_AXES) - set(_STAYS) | islands:
         return None
     dims = _key(one.array.dims)
     return next((row for row in params if dims in _keys(row, mesh, one.axes)), None)

@@ -11,6 +11,7 @@ from jaxpar.ahead import CompiledProgram, compile_ahead
 from jaxpar.evaluation import EvalStep
 from jaxpar.inspection.bounds import Terms, Traffic, sort_traffic
 from jaxpar.inspection.collectives import Collective, find_collectives
+from jaxpar.inspection.declared import count_declared
 from jaxpar.inspection.flops import Product, count_products
 from jaxpar.inspection.hlo import read_program
 from jaxpar.inspection.partials import count_partial_sums
@@ -22,6 +23,7 @@ from jaxpar.step import Step
 from jaxpar.tables import Table, align, show, to_html
 from jaxpar.targets import target_of
 
+_ISLANDS = ("stage", "context", "expert")
 _MEMORY = ("memory", "a device")
 _TRAFFIC = ("sent by a device in a step", "over", "bytes", "at least", "ratio")
 _COLLECTIVES = ("collective", "over", "bytes", "times", "", "from")
@@ -283,7 +285,7 @@ def _compile(step: Step, state: Any, batch: Any) -> CompiledProgram:
 
 
 def _partial_sums(jaxpr: Any, state: Any, rows: list[LayoutRow], mesh: Mesh) -> dict[str, int]:
-    """The fewest bytes that parts of sums take over each axis that splits weights inside layers."""
+    """The fewest bytes of activations: parts of sums over an axis that splits weights, and what islands send."""
     if not isinstance(state, TrainState):
         return {}
     shards = {axis: mesh.shape[axis] for axis in (*BATCH_AXES, "context") if axis in mesh.shape}
@@ -293,7 +295,9 @@ def _partial_sums(jaxpr: Any, state: Any, rows: list[LayoutRow], mesh: Mesh) -> 
         split = [frozenset(dim for dim in range(len(spec)) if axis in axes_of(spec[dim : dim + 1])) for spec in weights]
         rest = [frozenset()] * (len(jaxpr.jaxpr.invars) - len(split))
         found[axis] = count_partial_sums(jaxpr, split + rest, shards, mesh.shape[axis])
-    return found
+    declared = {axis: count_declared(jaxpr, mesh.shape, axis) for axis in _ISLANDS if mesh.shape.get(axis, 1) > 1}
+    # An island may also leave what it sends to the compiler, by constraints.
+    return found | {axis: count for axis, count in declared.items() if count}
 
 
 def _describe(one: Collective) -> str:
