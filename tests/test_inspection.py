@@ -448,5 +448,3 @@ def test_what_an_island_sends_is_its_own_bound():
     # Keys and values, of 4 rows, 16 tokens and 32 features: three hops forward, three back, three of their gradients.
     assert ring.bound == 3 * 2 * 4 * 16 * 32 * 4 * (3 + 3 + 3)
     assert ring.bound <= ring.bytes
-    gradients = found[("data", "context"), "weights and gradients"]
-    assert gradients.bound <= gradients.bytes < 1.1 * gradients.bound
