@@ -6,6 +6,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxpar import data as data
     from jaxpar import rules as rules
     from jaxpar import schedule as schedule
     from jaxpar import testing as testing
@@ -109,13 +110,14 @@ _HOME = {
     "targets": ("TargetError",),
     "train": ("make_train_step",),
 }
+_MODULES = ("data", "rules", "schedule", "testing")
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted([*_MODULE_OF, "rules", "schedule", "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_MODULE_OF, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     # Names load on first use: the pytest plugin, which every pytest run in an environment imports, must not import JAX.
-    if name in ("rules", "schedule", "testing"):
+    if name in _MODULES:
         return importlib.import_module(f"jaxpar.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'jaxpar' has no attribute {name!r}")

@@ -59,6 +59,7 @@ PUBLIC = [
     "WHOLE",
     "Weighted",
     "ZERO1",
+    "data",
     "data_parallel",
     "estimate",
     "evaluate",
@@ -170,6 +171,7 @@ def examples_of(value):
 # What a doctest of its own would add nothing to: plain values, errors, and what only its maker's example can show.
 VALUES = {"AXES", "WHOLE", "EXPERT", "FSDP", "MEGATRON", "PIPELINE", "ZERO1"}
 SHOWN_ELSEWHERE = VALUES | {
+    "data",
     "rules",
     "schedule",
     "testing",
