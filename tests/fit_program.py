@@ -11,22 +11,11 @@ import sys
 import time
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 4 // int(os.environ.get("JAXPAR_PROCESSES", "1")))
-jax.config.update("jax_platforms", "cpu")
-
-import jaxpar
-
-index, count = jaxpar.initialize()
-
 import numpy as np
 import optax
 from flax import nnx
 
-folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-axes = sys.argv[3] if len(sys.argv) > 3 else "fsdp=4"
-pause = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
-when = sys.argv[5] if len(sys.argv) > 5 else ""
+import jaxpar
 
 
 class MLP(nnx.Module):
@@ -38,39 +27,49 @@ class MLP(nnx.Module):
         return self.down(self.drop(nnx.relu(self.up(x))))
 
 
-mesh = jaxpar.make_mesh(
-    axes, devices=jax.devices()[: int(np.prod([int(part.split("=")[1]) for part in axes.split(",")]))]
-)
-rules = {"model": jaxpar.MEGATRON, "fsdp": jaxpar.fsdp(min_size=1)}
-strategy = jaxpar.sharded(mesh, *(rules[axis] for axis in ("model", "fsdp") if axis in mesh.shape))
-init_fn = lambda rng: jaxpar.TrainState.create(MLP(nnx.Rngs(rng)), optax.adamw(1e-2))
+def make_strategy(axes):
+    size = int(np.prod([int(part.split("=")[1]) for part in axes.split(",")]))
+    mesh = jaxpar.make_mesh(axes, devices=jax.devices()[:size])
+    rules = {"model": jaxpar.MEGATRON, "fsdp": jaxpar.fsdp(min_size=1)}
+    return jaxpar.sharded(mesh, *(rules[axis] for axis in ("model", "fsdp") if axis in mesh.shape))
 
 
-def loss_fn(model, batch, rng):
-    if when == "compile" and not isinstance(batch["x"], np.ndarray):
-        print("compiling", flush=True)
-        time.sleep(pause)
-    return ((model(batch["x"]) - batch["x"]) ** 2).mean(-1), {}
+def main(folder, steps, axes="fsdp=4", pause=0.0, when=""):
+    jax.config.update("jax_num_cpu_devices", 4 // int(os.environ.get("JAXPAR_PROCESSES", "1")))
+    jax.config.update("jax_platforms", "cpu")
+    index, _ = jaxpar.initialize()
+    strategy = make_strategy(axes)
+
+    def loss_fn(model, batch, rng):
+        if when == "compile":
+            print("compiling", flush=True)
+            time.sleep(pause)
+        return ((model(batch["x"]) - batch["x"]) ** 2).mean(-1), {}
+
+    def batches(step):
+        part, parts = strategy.data_shard()
+        while True:
+            yield {"x": np.split(np.random.default_rng(step).normal(size=(8, 8)).astype("f4"), parts)[part]}
+            step += 1
+
+    def log(step, metrics):
+        if index:
+            return
+        with (folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        print(step, flush=True)
+        time.sleep(pause if when != "compile" else 0)
+
+    step = jaxpar.make_train_step(loss_fn, strategy)
+    init_fn = lambda rng: jaxpar.TrainState.create(MLP(nnx.Rngs(rng)), optax.adamw(1e-2))
+    state = strategy.init(init_fn, jax.random.key(0))
+    with jaxpar.Checkpoints(folder / "checkpoints", every=5) as checkpoints:
+        state = jaxpar.fit(step, state, batches, steps=steps, checkpoint=checkpoints, on_step=log)
+    print("done", int(state.step), signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)
 
 
-def batches(step):
-    part, parts = strategy.data_shard()
-    while True:
-        yield {"x": np.split(np.random.default_rng(step).normal(size=(8, 8)).astype("f4"), parts)[part]}
-        step += 1
-
-
-def log(step, metrics):
-    if index:
-        return
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, **metrics}) + "\n")
-    print(step, flush=True)
-    time.sleep(pause if when != "compile" else 0)
-
-
-step = jaxpar.make_train_step(loss_fn, strategy)
-state = strategy.init(init_fn, jax.random.key(0))
-with jaxpar.Checkpoints(folder / "checkpoints", every=5) as checkpoints:
-    state = jaxpar.fit(step, state, batches, steps=steps, checkpoint=checkpoints, on_step=log)
-print("done", int(state.step), signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)
+if __name__ == "__main__":
+    given = dict(zip(("axes", "pause", "when"), sys.argv[3:], strict=False))
+    if "pause" in given:
+        given["pause"] = float(given["pause"])
+    main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), **given)
