@@ -26,6 +26,7 @@ from jaxpar.inspection.collectives import (
     axes_touched,
     groups_of,
     read_transfer,
+    slice_axes,
     slices_of,
 )
 from jaxpar.inspection.hlo import Computation, Instruction, Program, loop_trips
@@ -100,13 +101,7 @@ def walk(program: Program, machine: Machine) -> Spent:
     spent.add(_Walk(program, machine).run(program.entry))
     slices = np.unique(torus.slices)
     if len(slices) > 1:
-        places = np.array(np.unravel_index(np.arange(machine.mesh.size), machine.mesh.devices.shape))
-        first = torus.slices == slices[0]
-        axes = tuple(
-            axis
-            for axis, place in zip(machine.mesh.axis_names, places, strict=True)
-            if len(np.unique(place[first])) < machine.mesh.shape[axis]
-        )
+        axes = slice_axes(machine.mesh, torus.slices)
         late = spent.seconds * (torus.rates.doubling ** -math.log2(len(slices)) - 1)
         spent.add(Spent(late, waits={Wait(axes, PACE): late}))
     return spent

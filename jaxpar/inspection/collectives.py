@@ -178,6 +178,18 @@ def slices_of(mesh: Mesh, slice_of: Callable[[Any], int] | None = None) -> np.nd
     return np.array([_slice_index(device, slice_of) for device in mesh.devices.flat])
 
 
+def slice_axes(mesh: Mesh, slices: np.ndarray) -> tuple[str, ...]:
+    """Returns the mesh axes along which devices lie on different slices.
+
+    >>> import jaxpar
+    >>> slice_axes(jaxpar.make_mesh(data=2, fsdp=4), np.repeat([0, 1], 4))
+    ('data',)
+    """
+    places = np.array(np.unravel_index(np.flatnonzero(slices == slices[0]), mesh.devices.shape))
+    held = (len(np.unique(place)) for place in places)
+    return tuple(axis for axis, count in zip(mesh.axis_names, held, strict=True) if count < mesh.shape[axis])
+
+
 def groups_of(one: Instruction, mesh: Mesh, slices: np.ndarray) -> np.ndarray:
     """Returns which devices of a mesh take part in a collective together: see `read_groups`.
 
@@ -226,20 +238,13 @@ def read_transfer(computation: Computation, one: Instruction, mesh: Mesh, slices
         groups = re.findall(r"\{([\d,\->]+)\}", target[2])
         count = max(len({int(number) // 100_000 for number in re.findall(r"\d+", group)}) for group in groups)
     named = {"ONE_TO_ONE": "collective-permute"}.get(kind[1], kind[1].lower().replace("_", "-"))
-    places = np.array(np.unravel_index(np.arange(mesh.size), mesh.devices.shape))
-    first = slices == slices[0]
-    axes = tuple(
-        axis
-        for axis, place in zip(mesh.axis_names, places, strict=True)
-        if len(np.unique(place[first])) < mesh.shape[axis]
-    )
     # What comes and what goes differ where one of them has room for the worst case.
     pair = [each for each in computation if each.opcode in ("send", "recv") and f'"{name[1]}"' in each.text]
     sizes = [each.arrays[0].bytes for each in pair if each.arrays]
     count_bytes = min(sizes, default=0) if named.startswith("ragged") else max(sizes[:1], default=0)
     if one.opcode == "send" and not named.startswith("ragged"):
         count_bytes = one.arrays[0].bytes
-    return Transfer(name[1], named, count, axes, count_bytes)
+    return Transfer(name[1], named, count, slice_axes(mesh, slices), count_bytes)
 
 
 def _read_transfer(program: Program, one: Instruction, transfer: Transfer, times: int | None) -> Collective:
