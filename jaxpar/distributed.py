@@ -2,11 +2,14 @@
 
 import os
 import re
+import threading
+import time
 
 import jax
 
 # What `jaxpar launch` tells each process that it starts.
 ADDRESS, COUNT, INDEX = "JAXPAR_ADDRESS", "JAXPAR_PROCESSES", "JAXPAR_PROCESS"
+LAUNCHER = "JAXPAR_LAUNCHER"
 _HEARTBEAT_SECONDS = 30
 
 
@@ -42,6 +45,8 @@ def initialize(
     if ADDRESS in os.environ and not any(value is not None for value in given.values()):
         address, count, index = os.environ[ADDRESS], int(os.environ[COUNT]), int(os.environ[INDEX])
         given = {"address": address, "count": count, "index": index}
+        if LAUNCHER in os.environ:
+            threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
         return _join_detected()
@@ -90,6 +95,16 @@ def _join_detected() -> tuple[int, int]:
             return 0, 1
         raise DistributedError(f"The processes that JAX found could not be joined: {error}") from error
     return jax.process_index(), jax.process_count()
+
+
+def _end_with(launcher: int) -> None:
+    """Ends this process once the one that launched it is gone: it could no longer end it with the others."""
+    while True:
+        try:
+            os.kill(launcher, 0)
+        except OSError:
+            os._exit(1)
+        time.sleep(1)
 
 
 def _check_unused() -> None:

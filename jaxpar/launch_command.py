@@ -15,6 +15,7 @@ from jaxpar.usage import UsageError
 
 # As in jaxpar.distributed, which would import JAX.
 _ADDRESS, _COUNT, _INDEX = "JAXPAR_ADDRESS", "JAXPAR_PROCESSES", "JAXPAR_PROCESS"
+_LAUNCHER = "JAXPAR_LAUNCHER"
 _GRACE_SECONDS = 10
 
 
@@ -32,7 +33,7 @@ def launch(options: argparse.Namespace) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    told = {_ADDRESS: address, _COUNT: str(options.processes), "PYTHONUNBUFFERED": "1"}
+    told = {_ADDRESS: address, _COUNT: str(options.processes), _LAUNCHER: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     processes = [
         subprocess.Popen(
             command,

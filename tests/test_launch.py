@@ -155,6 +155,18 @@ def test_several_that_are_asked_to_end_save_the_same_step_and_go_on(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_nothing_behind(tmp_path):
+    with launched(2, tmp_path, 10**6, "fsdp=4", 0.1) as process:
+        wait_for(process, "[0] 3")
+        process.kill()
+        process.wait(30)
+    time.sleep(3)
+    last = len(log_of(tmp_path))
+    time.sleep(2)
+    assert len(log_of(tmp_path)) == last
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_peer_that_is_dead_or_hangs_ends_the_others(tmp_path, sent):
     with socket.socket() as free:
