@@ -1,6 +1,7 @@
 """Checkpoints that move: saved under one layout, restored under any other, and refused where a bit has changed."""
 
 import contextlib
+import json
 import pathlib
 import shutil
 import tempfile
@@ -71,6 +72,11 @@ class Checkpoints:
     def __init__(self, directory: str | pathlib.Path, *, every: int = 1000, keep: int | None = 3):
         if not isinstance(directory, str | pathlib.Path) or not str(directory) or "\0" in str(directory):
             raise CheckpointError(f"directory is {directory!r}; give the path of a folder.")
+        if "://" in str(directory):
+            raise CheckpointError(
+                f"directory is {str(directory)!r}, a store's address; give a folder, as of a mounted bucket, that all "
+                "processes see."
+            )
         for name, number in (("every", every), ("keep", keep)):
             if number is None and name == "keep":
                 continue
@@ -79,12 +85,9 @@ class Checkpoints:
         self.directory, self.every, self.keep = pathlib.Path(directory).absolute(), int(every), keep
         self._finishing: threading.Thread | None = None
         self._failed: Exception | None = None
+        self._has_saved = False
         with _named(f"The checkpoint folder {self.directory} can't be made"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                # What a save that was cut off has left.
-                for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -95,8 +98,13 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps that are there and finished, in order."""
-        with _named(f"The checkpoint folder {self.directory} can't be read"):
-            found = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
+        try:
+            names = [path.name for path in self.directory.iterdir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(f"The checkpoint folder {self.directory} can't be read: {error.strerror}.") from error
+        found = [int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name))]
         return sorted(step for step in found if (self._folder(step) / NAME).exists())
 
     def save(self, state: Any, *, step: int | None = None, data: Any = None, force: bool = False) -> bool:
@@ -113,22 +121,28 @@ class Checkpoints:
         Raises:
           CheckpointError: the one before, or this one, can't be written.
         """
-        number = int(state.step if step is None else step)
-        if number < 0:
-            raise CheckpointError(f"step is {number}; give a whole number, 0 or more.")
+        number = int(getattr(state, "step", -1) if step is None else step)
+        if not 0 <= number < 2**31:
+            raise CheckpointError(f"step is {number}; give a whole number, 0 or more and less than {2**31}.")
         if not force and number % self.every:
             return False
-        self.wait()
-        leaves = {path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in named_leaves(state)}
+        named = _leaves_of(state)
+        # Orbax writes no array of size 0; its shape says all there is to it.
+        leaves = {
+            path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in named.items() if leaf.size
+        }
+        if not leaves or _as_json(data) != data:
+            what = f"data is {data!r}; give what JSON takes" if leaves else "The state has no array that holds anything"
+            raise CheckpointError(f"{what}.")
         content = {
             "step": number,
             "data": data,
-            "leaves": {path: [list(np.shape(leaf)), _dtype_of(leaf)] for path, leaf in named_leaves(state)},
-            "devices": len(jax.tree.leaves(state)[0].sharding.device_set),
+            "leaves": {path: [list(leaf.shape), _dtype_of(leaf)] for path, leaf in named.items()},
+            "devices": len(next(iter(named.values())).sharding.device_set),
             "processes": jax.process_count(),
         }
+        _all_ready(lambda: self._get_ready(number, sum(leaf.nbytes for leaf in leaves.values())))
         with _named(f"Step {number} can't be saved in {self.directory}"):
-            self._check_folder(sum(leaf.nbytes for leaf in leaves.values()))
             response = _orbax().save_async(self._folder(number), leaves, overwrite=True)
         self._finishing = threading.Thread(target=self._finish, args=(response, number, content), daemon=True)
         self._finishing.start()
@@ -146,13 +160,18 @@ class Checkpoints:
         failed, self._failed = self._failed, None
         if failed is not None:
             raise CheckpointError(f"A checkpoint in {self.directory} can't be written: {failed}.") from failed
-        for step in self.steps[: -self.keep] if self.keep else []:
-            if jax.process_index() == 0:
+        # A folder that is only read from keeps what it has.
+        if self._has_saved and self.keep and jax.process_index() == 0:
+            for step in self.steps[: -self.keep]:
                 shutil.rmtree(self._folder(step), ignore_errors=True)
 
     def close(self) -> None:
         """Waits for what is being saved, and lets the folder go."""
         self.wait()
+
+    def any(self) -> bool:
+        """Returns whether there is a finished checkpoint: the same answer in every process."""
+        return bool(_agree(lambda: int(bool(self.steps))))
 
     def verify(self, step: int) -> dict[str, Any]:
         """Returns what a checkpoint's manifest tells, once every file has the digest that it had when it was saved.
@@ -182,8 +201,13 @@ class Checkpoints:
         _check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")
         with _named(f"Checkpoint {chosen} in {self.directory} can't be read"):
             _check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)
-            loaded = _orbax().load(self._folder(chosen), {path: _abstract(leaf) for path, leaf in named_leaves(like)})
-        leaves = [_as_key(loaded[path], leaf) if is_key(leaf) else loaded[path] for path, leaf in named_leaves(like)]
+            wanted = {path: leaf for path, leaf in _leaves_of(like).items() if leaf.size}
+            loaded = _orbax().load(self._folder(chosen), {path: _abstract(leaf) for path, leaf in wanted.items()})
+        empty = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        leaves = [
+            empty(leaf) if not leaf.size else _as_key(loaded[path], leaf) if is_key(leaf) else loaded[path]
+            for path, leaf in named_leaves(like)
+        ]
         return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves), chosen, content["data"])
 
     def _choose(self, step: int | None, verify: bool) -> int:
@@ -216,8 +240,19 @@ class Checkpoints:
             response.result()
             if jax.process_index() == 0:
                 write_manifest(self._folder(number), content)
+            self._has_saved = True
         except Exception as error:  # told by the next call, in the thread that can do something about it
             self._failed = error
+
+    def _get_ready(self, number: int, size: int) -> None:
+        """Waits for the save before, and sees that this one can be made; raises CheckpointError."""
+        self.wait()
+        with _named(f"Step {number} can't be saved in {self.directory}"):
+            self._check_folder(size)
+            if not self._has_saved and jax.process_index() == 0:
+                # What a save that was cut off has left; only the one that writes clears up.
+                for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _check_folder(self, size: int) -> None:
         """Raises OSError or CheckpointError unless the folder takes files, and so much of them.
@@ -280,7 +315,7 @@ def _as_key(words: jax.Array, like: Any) -> jax.Array:
 
 def _check_leaves(saved: dict[str, Any], like: Any, name: str) -> None:
     """Raises CheckpointError unless the saved leaves are those that are needed, in shape and dtype."""
-    needed = {path: [list(leaf.shape), _dtype_of(leaf)] for path, leaf in named_leaves(like)}
+    needed = {path: [list(leaf.shape), _dtype_of(leaf)] for path, leaf in _leaves_of(like).items()}
     if missing := sorted(set(needed) - set(saved)):
         raise CheckpointError(
             f"{name} lacks {len(missing)} of {len(needed)} leaves: {', '.join(missing[:4])}; it has {len(saved)}. Is "
@@ -303,6 +338,8 @@ def _check_stored(metadata: Any, leaves: dict[str, Any], step: int) -> None:
     """Raises CheckpointError unless Orbax's metadata tells the manifest's shapes and dtypes; nothing is made yet."""
     stored = metadata
     for path, (shape, dtype) in leaves.items():
+        if 0 in shape:
+            continue
         found = stored.get(path) if isinstance(stored, dict) else None
         numbers = "uint32" if dtype.startswith(_KEY) else dtype
         inner = shape if not dtype.startswith(_KEY) else list(found.shape) if found is not None else []
@@ -311,6 +348,44 @@ def _check_stored(metadata: Any, leaves: dict[str, Any], step: int) -> None:
             raise CheckpointError(
                 f"Checkpoint {step} stores {told} as {path!r}, but its manifest says {shape} {dtype}."
             )
+
+
+def _leaves_of(state: Any) -> dict[str, Any]:
+    """Each leaf by its path; raises CheckpointError where one is no array of a mesh, or two have one path."""
+    named: dict[str, Any] = {}
+    for path, leaf in named_leaves(state):
+        if path in named:
+            raise CheckpointError(f"Two leaves of the state have the path {path!r}; give one of them another name.")
+        if getattr(leaf, "sharding", None) is None:
+            raise CheckpointError(
+                f"State leaf {path!r} is a {type(leaf).__name__}, of no devices; place the state with strategy.place."
+            )
+        named[path] = leaf
+    return named
+
+
+def _as_json(data: Any) -> Any:
+    try:
+        return json.loads(json.dumps(data))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"data is {data!r}; give what JSON takes: {error}.") from error
+
+
+def _all_ready(get_ready: Callable[[], None]) -> None:
+    """Raises CheckpointError in every process if one can't save: the others would wait for it."""
+    error: CheckpointError | None = None
+    try:
+        get_ready()
+    except CheckpointError as failed:
+        error = failed
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed_somewhere = np.any(multihost_utils.process_allgather(np.array(error is not None)))
+        if failed_somewhere and error is None:
+            raise CheckpointError("Another process can't save, and says why; none of them does.")
+    if error is not None:
+        raise error
 
 
 def _agree(choose: Callable[[], int]) -> int:
@@ -353,4 +428,5 @@ def _named(what: str) -> Any:
     except OSError as error:
         raise CheckpointError(f"{what}: {error.strerror or error}.") from error
     except Exception as error:
-        raise CheckpointError(f"{what}: {type(error).__name__}: {str(error).splitlines()[0][:300]}.") from error
+        told = (str(error).splitlines() or [""])[0][:300]
+        raise CheckpointError(f"{what}: {type(error).__name__}: {told}.") from error

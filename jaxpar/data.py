@@ -48,6 +48,8 @@ class Batches:
 
     def __call__(self, first: int) -> Iterator[dict[str, Any]]:
         """Returns the batches from one on, as `jaxpar.fit` asks for them when a run goes on."""
+        if first < 0:
+            raise DataError(f"The batch to begin at is {first}; give a whole number, 0 or more.")
         grain = _grain()
         order = grain.MapDataset.source(self.source).seed(self.seed).shuffle().repeat(self.epochs)
         index, parts = self.part
@@ -62,7 +64,8 @@ class Batches:
             if not is_short:
                 return found
             # All batches alike, or the last one would be compiled for.
-            return {**found, EXAMPLE_WEIGHT: np.float32(total is None or place < total)}
+            weight = found.get(EXAMPLE_WEIGHT, np.float32(1))
+            return {**found, EXAMPLE_WEIGHT: np.float32(weight * (total is None or place < total))}
 
         last = np.iinfo(np.int64).max // 2 if total is None else math.ceil(total / self.batch_size) * local
         rows = grain.MapDataset.range(first * local, last - last % local).map(example).batch(local)

@@ -43,6 +43,8 @@ def initialize(
     """
     given = {"address": address, "count": count, "index": index}
     if ADDRESS in os.environ and not any(value is not None for value in given.values()):
+        if COUNT not in os.environ or INDEX not in os.environ:
+            raise DistributedError(f"{ADDRESS} is set, but not {COUNT} and {INDEX}; set all of them, or none.")
         address, count, index = os.environ[ADDRESS], int(os.environ[COUNT]), int(os.environ[INDEX])
         given = {"address": address, "count": count, "index": index}
         if LAUNCHER in os.environ:
@@ -76,7 +78,7 @@ def _join(address: str, count: object, index: object, bind: str | None) -> tuple
         )
     except Exception as error:
         raise DistributedError(
-            f"Process {index} of {count} could not join at {address}: {str(error).splitlines()[0]}. Do all of them "
+            f"Process {index} of {count} could not join at {address}: {str(error)[:300]}. Do all of them "
             "run, with the same address and count, and can they reach it?"
         ) from error
     return index, count
@@ -87,14 +89,28 @@ def _join_detected() -> tuple[int, int]:
         return jax.process_index(), jax.process_count()
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-    except ValueError:
-        # JAX found no cluster around it: this process is alone.
-        return 0, 1
-    except RuntimeError as error:
-        if "must be called before" in str(error):
+    except (ValueError, RuntimeError) as error:
+        if not _is_in_cluster():
+            # This process is alone.
             return 0, 1
-        raise DistributedError(f"The processes that JAX found could not be joined: {error}") from error
+        raise DistributedError(
+            f"This process is one of several, but could not join the others: {error} Call jaxpar.initialize before "
+            "anything else of JAX."
+        ) from error
     return jax.process_index(), jax.process_count()
+
+
+def _is_in_cluster() -> bool:
+    """Whether the environment tells of several processes: of Slurm, MPI, Cloud TPU or Kubernetes."""
+    told = os.environ.get
+    counts = (told(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    hosts = told("TPU_WORKER_HOSTNAMES", "")
+    return (
+        any(count.isdecimal() and int(count) > 1 for count in counts)
+        or "," in hosts
+        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+        or "JOB_COMPLETION_INDEX" in os.environ
+    )
 
 
 def _end_with(launcher: int) -> None:

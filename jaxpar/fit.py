@@ -17,6 +17,8 @@ from jaxpar.progress import show_steps
 from jaxpar.state import TrainState, named_leaves
 from jaxpar.step import Step
 
+# How often to go back to one checkpoint.
+_RETURNS = 3
 OnStep = Callable[[int, dict[str, float]], Any]
 
 
@@ -100,25 +102,29 @@ class _Run:
     def __init__(self, options: _Options, preemption: Preemption, tell: OnStep):
         self.options, self.preemption, self.tell = options, preemption, tell
         self.late: tuple[int, Any] | None = None
+        # The step up to which all is saved, or can be made again.
+        self.safe = -1
+        self.returns: dict[int, int] = {}
 
     def go(self, state: TrainState, batches: Any) -> TrainState:
         options, put = self.options, self.options.train_step.strategy.shard_batch
         state, place = self._resume(state)
-        source = _Source(batches, place)
-        number, place = int(state.step), source.place()
-        # What has been made so far is saved, or can be made again: there is nothing to lose while the step compiles.
-        self.preemption.nothing_to_lose(True)
-        batch = self._draw(source, put, number, state, place) if number < options.steps else None
+        number = int(state.step)
+        source = _Source(batches, place, number)
+        place, batch = source.place(), None
+        # What is here is saved, or can be made again: there is nothing to lose while the step compiles.
+        self.preemption.nothing_to_lose(self.safe == number)
         while number < options.steps:
+            # One is here already, but at first, and after going back from the last step.
+            batch = self._draw(source, put, number, state, place) if batch is None else batch
             state, metrics = options.train_step(state, batch)
             self.preemption.nothing_to_lose(False)
-            number += 1
-            place = source.place()
-            if number < options.steps:
-                # While the devices are at work.
-                batch = self._draw(source, put, number, state, place)
+            number, place, batch = number + 1, source.place(), None
             failed = self._tell_late()
             self.late = number, metrics
+            if number < options.steps and failed is None:
+                # While the devices are at work.
+                batch = self._draw(source, put, number, state, place)
             stop = self.preemption.asked(number)
             if failed is None and (stop or number == options.steps or self._is_due(number)):
                 failed = self._tell_late()
@@ -131,10 +137,18 @@ class _Run:
 
     def _resume(self, state: TrainState) -> tuple[TrainState, Any]:
         """The state to begin with, and the place in the data that was saved with it; None where nothing was."""
-        checkpoint = self.options.checkpoint
-        if checkpoint is None or not checkpoint.steps:
+        checkpoint, number = self.options.checkpoint, int(state.step)
+        if checkpoint is None or not checkpoint.any():
+            self.safe = 0
             return state, None
-        return self._restore(state, checkpoint)
+        if number and number > max(checkpoint.steps, default=number):
+            raise FitError(
+                f"The state is at step {number}, but {checkpoint.directory} ends at {checkpoint.steps[-1]}: it would "
+                "be lost. Save it there with checkpoint.save(state, force=True), or give another folder."
+            )
+        state, place = self._restore(state, checkpoint)
+        self.safe = int(state.step)
+        return state, place
 
     def _restore(self, state: TrainState, checkpoint: Checkpoints) -> tuple[TrainState, Any]:
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
@@ -148,7 +162,11 @@ class _Run:
         try:
             return put(source.draw())
         except StopIteration:
-            self._save(state, number, place)
+            failed = self._tell_late()
+            if failed is not None:
+                self._go_back(state, failed)
+            if self.options.checkpoint is not None and number not in self.options.checkpoint.steps:
+                self._save(state, number, place)
             raise FitError(
                 f"The batches ended after step {number}, but steps={self.options.steps}; give more, as a function "
                 "batches(step) that never ends, or fewer steps."
@@ -170,27 +188,32 @@ class _Run:
 
     def _pause(self, state: TrainState, number: int, place: Any, stop: bool) -> None:
         """Saves, and evaluates; leaves the process if it is asked to."""
-        self._save(state, number, place)
+        is_safe = self._save(state, number, place)
         if stop:
-            raise SystemExit(CODE)
+            raise SystemExit(CODE if is_safe else 1)
         if self.options.eval_step is not None:
             step, batches = self.options.eval_step
             if self.options.checkpoint is not None:
-                with _warned():
+                with _warned() as failed:
                     self.options.checkpoint.wait()
-                self.preemption.nothing_to_lose(True)
+                self.preemption.nothing_to_lose(is_safe and not failed)
             found = evaluate(step, state, batches)
             self.preemption.nothing_to_lose(False)
             values = {f"eval/{name}" if name else "eval": float(value) for name, value in _flatten(found).items()}
             self.tell(number, values)
 
-    def _save(self, state: TrainState, number: int, place: Any) -> None:
-        """Saves, and in the end or before the process leaves waits for it; a failure is told, and the run goes on."""
-        if self.options.checkpoint is not None:
-            with _warned():
-                self.options.checkpoint.save(state, step=number, data=place, force=True)
-                if self.preemption.asked(number) or number == self.options.steps:
-                    self.options.checkpoint.wait()
+    def _save(self, state: TrainState, number: int, place: Any) -> bool:
+        """Saves, and in the end or before the process leaves waits for it; returns whether it is done, or begun.
+
+        A failure is told, and the run goes on. Without a folder there is nothing to save.
+        """
+        if self.options.checkpoint is None:
+            return True
+        with _warned() as failed:
+            self.options.checkpoint.save(state, step=number, data=place, force=True)
+            if self.preemption.asked(number) or number == self.options.steps:
+                self.options.checkpoint.wait()
+        return not failed
 
     def _go_back(self, state: TrainState, failed: tuple[int, dict[str, float]]) -> TrainState:
         number, values = failed
@@ -202,12 +225,19 @@ class _Run:
                 "optax.apply_if_finite to skip such steps, or nonfinite='roll back'."
             )
         checkpoint.wait()
-        if not checkpoint.steps:
+        if not checkpoint.any():
             raise FitError(f"Step {number} gave {told}, and there is no checkpoint to go back to.")
         self.late = None
         state, _ = self._restore(state, checkpoint)
+        reached = int(state.step)
+        self.returns[reached] = self.returns.get(reached, 0) + 1
+        if self.returns[reached] > _RETURNS:
+            raise FitError(
+                f"Step {number} gave {told}, after going back to step {reached} {_RETURNS} times: other batches don't "
+                "help. Try a lower learning rate, or clip gradients."
+            )
         warnings.warn(
-            f"Step {number} gave {told}: the run goes on from step {int(state.step)}, with the batches that follow.",
+            f"Step {number} gave {told}: the run goes on from step {reached}, with the batches that follow.",
             CheckpointWarning,
             stacklevel=4,
         )
@@ -217,15 +247,21 @@ class _Run:
 class _Source:
     """Where batches come from, and how far they have been drawn."""
 
-    def __init__(self, batches: Any, place: Any):
-        place = place if isinstance(place, dict) else {}
-        self._drawn: int = place.get("drawn", 0)
-        self._iterator: Any = batches
-        if not (hasattr(batches, "get_state") and hasattr(batches, "set_state")):
-            given: Any = batches(self._drawn) if callable(batches) else itertools.islice(batches, self._drawn, None)
-            self._iterator = iter(given)
-        elif "iterator" in place:
+    def __init__(self, batches: Any, place: Any, number: int):
+        is_saved = isinstance(place, dict)
+        place = place if is_saved else {}
+        self._drawn: int = place.get("drawn", number)
+        is_stateful = hasattr(batches, "get_state") and hasattr(batches, "set_state")
+        is_function = callable(batches) and not is_stateful
+        given: Any = batches(self._drawn) if is_function else batches
+        self._iterator: Any = iter(given)
+        if is_function:
+            return
+        if is_stateful and "iterator" in place:
             batches.set_state(_decode(place["iterator"]))
+        elif is_saved or self._iterator is not batches:
+            # From the beginning; but an iterator of this run's own is where it is.
+            next(itertools.islice(self._iterator, self._drawn, self._drawn), None)
 
     def place(self) -> dict[str, Any]:
         """Where to go on from: what was drawn last has been used."""
@@ -252,10 +288,13 @@ def _flatten(metrics: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _warned() -> Iterator[None]:
+def _warned() -> Iterator[list[CheckpointError]]:
+    """Yields a list that holds the error if what is saved inside of it can't be, which is told, and no more."""
+    failed: list[CheckpointError] = []
     try:
-        yield
+        yield failed
     except CheckpointError as error:
+        failed.append(error)
         warnings.warn(
             f"{error} The run goes on; the checkpoints before are as they were.", CheckpointWarning, stacklevel=5
         )

@@ -1,6 +1,7 @@
 """`jaxpar launch`: several processes of one program on this machine, started together and ended together."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -38,9 +39,9 @@ def launch(options: argparse.Namespace) -> int:
         subprocess.Popen(
             command,
             env={**os.environ, **told, _INDEX: str(index)},
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             # A signal from the terminal comes once, from here.
             start_new_session=True,
         )
@@ -49,28 +50,31 @@ def launch(options: argparse.Namespace) -> int:
     readers = [threading.Thread(target=_prefix, args=(index, one.stdout)) for index, one in enumerate(processes)]
     for reader in readers:
         reader.start()
-    before = {number: signal.signal(number, _passer(processes)) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, _passer(processes)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
     try:
         return _wait(processes)
     finally:
         for one in processes:
-            one.kill()
+            _signal(one, signal.SIGKILL)
         for reader in readers:
-            reader.join()
+            # What a process has left running may hold its output open.
+            reader.join(2)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _passer(processes: list[subprocess.Popen[str]]) -> signal.Handlers:
+def _passer(processes: list[subprocess.Popen[bytes]]) -> signal.Handlers:
     def pass_on(number: int, frame: object) -> None:
         for one in processes:
             if one.poll() is None:
-                one.send_signal(number)
+                _signal(one, number)
 
     return pass_on  # pyright: ignore[reportReturnType]
 
 
-def _wait(processes: list[subprocess.Popen[str]]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     """Waits until all have ended, or one ended badly: then the others are asked to, and after a while made to."""
     while any(one.poll() is None for one in processes):
         failed = next((index for index, one in enumerate(processes) if one.poll() not in (None, 0)), None)
@@ -84,26 +88,35 @@ def _wait(processes: list[subprocess.Popen[str]]) -> int:
     return max(map(_code_of, processes))
 
 
-def _code_of(process: subprocess.Popen[str]) -> int:
+def _code_of(process: subprocess.Popen[bytes]) -> int:
     """A process's exit code as a shell tells it: 128 and the signal's number, where one ended it."""
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def _end(processes: list[subprocess.Popen[str]]) -> None:
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for one in processes:
         if one.poll() is None:
-            one.terminate()
+            _signal(one, signal.SIGTERM)
     end = time.monotonic() + _GRACE_SECONDS
     while any(one.poll() is None for one in processes) and time.monotonic() < end:
         time.sleep(0.05)
     for one in processes:
         # A stopped process takes no other signal.
-        one.kill()
+        _signal(one, signal.SIGKILL)
         one.wait()
 
 
-def _prefix(index: int, stream: IO[str] | None) -> None:
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """Sends a signal to a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def _prefix(index: int, stream: IO[bytes] | None) -> None:
     for line in stream or ():
-        print(f"[{index}] {line}", end="" if line.endswith("\n") else "\n", flush=True)
+        # Nobody may read it any more; the process must still be able to write.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.buffer.write(b"[%d] " % index + line.rstrip(b"\n") + b"\n")
+            sys.stdout.buffer.flush()
     if stream is not None:
         stream.close()

@@ -66,8 +66,12 @@ def check_manifest(folder: pathlib.Path) -> dict[str, Any]:
     for name in sorted(set(told) ^ set(found)):
         raise ManifestError(f"{folder / name} is {'missing' if name in told else 'not of the checkpoint'}")
     for name, path in found.items():
-        if path.stat().st_size != told[name][0]:
-            raise ManifestError(f"{path} has {path.stat().st_size} bytes, but had {told[name][0]} when it was saved")
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise ManifestError(f"{path} can't be read: {error.strerror}") from error
+        if size != told[name][0]:
+            raise ManifestError(f"{path} has {size} bytes, but had {told[name][0]} when it was saved")
     for name, path, digest in _digest(folder):
         if digest != told[name][1]:
             raise ManifestError(f"{path} has changed since it was saved: its SHA-256 digest is another")

@@ -41,13 +41,16 @@ class Preemption:
             threading.Thread(target=self._watch, args=(self._sockets[0],), daemon=True).start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         if self._sockets is not None:
             signal.set_wakeup_fd(self._wakeup)
             signal.signal(signal.SIGTERM, self._before)
             # The watcher wakes up from its read, and closes its own end.
             self._sockets[1].close()
             self._sockets = None
+            if kind is None and self._asked.is_set():
+                # It came when all was done.
+                raise SystemExit(CODE)
 
     def asked(self, step: int) -> bool:
         """Returns whether to stop after this step: the same answer in every process."""
@@ -72,9 +75,12 @@ class Preemption:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _watch(self, reader: socket.socket) -> None:
+        noticed = 0
         with reader:
             while received := reader.recv(1):
-                if received[0] == signal.SIGTERM:
+                noticed += received[0] == signal.SIGTERM
+                if noticed:
                     self._asked.set()
-                    if self._is_safe:
-                        os._exit(CODE)
+                # The main thread may be where it takes no second one.
+                if noticed > 1 or (noticed and self._is_safe):
+                    os._exit(CODE)

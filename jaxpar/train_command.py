@@ -56,9 +56,10 @@ def train(options: argparse.Namespace) -> int:
                 state = _run_steps(job, [rows.append, show, write_log])
             except jaxpar.CheckpointError as error:
                 raise UsageError(f"--checkpoint {options.checkpoint}: {error}") from error
-            except jaxpar.FitError:
-                last = rows[-1]
-                console.print(f"The loss is {last['loss']} at step {last['step']}; try a lower --learning-rate.")
+            except jaxpar.FitError as error:
+                last = rows[-1] if rows else {"loss": 0.0, "step": 0}
+                bad = f"The loss is {last['loss']} at step {last['step']}; try a lower --learning-rate."
+                console.print(str(error) if math.isfinite(last["loss"]) else bad)
                 return 1
     if not rows:
         console.print(f"Step {options.steps} was reached before; give more --steps to go on.")

@@ -1280,8 +1280,8 @@ MUTATIONS += [
     Mutation(
         "a run that goes on begins its batches anew",
         "fit.py",
-        "given: Any = batches(self._drawn) if",
-        "given: Any = batches(0) if",
+        "given: Any = batches(self._drawn) if is_function",
+        "given: Any = batches(0) if is_function",
         FIT + "a_run_in_two_parts_is_one_run_bit_for_bit[function]",
     ),
     Mutation(

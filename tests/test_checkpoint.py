@@ -267,6 +267,7 @@ def test_a_changed_dtype_or_shape_is_no_silent_cast(tmp_path):
         ({"directory": ""}, "directory is ''; give the path of a folder"),
         ({"directory": "a\0b"}, "give the path of a folder"),
         ({"directory": 3}, "directory is 3; give the path of a folder"),
+        ({"directory": "gs://bucket/run"}, "a store's address; give a folder"),
         ({"every": 0}, "every is 0; give a whole number, 1 or more"),
         ({"keep": True}, "keep is True; give a whole number, 1 or more"),
         ({"directory": "/dev/null/x"}, "The checkpoint folder /dev/null/x can't be made: Not a directory"),
@@ -291,6 +292,65 @@ def test_a_folder_that_vanished_fails_the_next_call_and_no_other(tmp_path):
     checkpoints.save(state, step=3)
     checkpoints.close()
     assert checkpoints.steps == [3]
+
+
+def test_a_folder_that_is_only_read_keeps_what_it_has(saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    (folder / "5.orbax-checkpoint-tmp-1").mkdir()
+    (folder / "007").mkdir()
+    strategy, _ = start("fsdp")
+    with Checkpoints(folder, every=1, keep=1) as checkpoints:
+        assert checkpoints.restore(strategy.abstract_state(init_fn), step=1).step == 1
+    assert checkpoints.steps == [1, 2]
+    # It may be another's save under way.
+    assert (folder / "5.orbax-checkpoint-tmp-1").exists()
+
+
+def test_a_folder_that_vanished_is_made_anew(tmp_path):
+    with Checkpoints(tmp_path / "gone", every=1) as checkpoints:
+        for number in (1, 2):
+            checkpoints.save({"w": jnp.ones(4)}, step=number)
+            checkpoints.wait()
+            assert checkpoints.steps == [number]
+            shutil.rmtree(tmp_path / "gone")
+
+
+def test_empty_leaves_and_narrow_ones_come_back(tmp_path):
+    state = {"none": jnp.ones((0, 3)), "half": jnp.ones(3, jnp.bfloat16), "key": jax.random.key(1), "one": jnp.int32(1)}
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        checkpoints.save(state, step=1)
+        found = checkpoints.restore(state).state
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in found.items()} == {
+        path: (leaf.shape, leaf.dtype) for path, leaf in state.items()
+    }
+    assert (jax.random.key_data(found["key"]) == jax.random.key_data(state["key"])).all()
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "message"),
+    [
+        ({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, {"step": 1}, "Two leaves of the state have the path 'a/b'"),
+        ({"a": np.ones(1)}, {"step": 1}, "State leaf 'a' is a ndarray, of no devices; place the state"),
+        ({"a": jnp.ones(1)}, {"step": 1, "data": {"n": np.int64(3)}}, "data is .*; give what JSON takes"),
+        ({"a": jnp.ones(1)}, {"step": 1, "data": (1, 2)}, r"data is \(1, 2\); give what JSON takes"),
+        ({"a": jnp.ones(1)}, {"force": True}, "step is -1; give a whole number"),
+        ({"a": jnp.ones(1)}, {"step": 2**31}, "step is 2147483648; give a whole number"),
+        ({}, {"step": 1}, "The state has no array that holds anything"),
+    ],
+)
+def test_what_cannot_be_saved_is_named_at_once(tmp_path, state, options, message):
+    with Checkpoints(tmp_path, every=1) as checkpoints, pytest.raises(CheckpointError, match=message):
+        checkpoints.save(state, **options)
+
+
+def test_a_file_replaced_by_a_link_to_nothing_is_damage(saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    path = next(path for path in sorted((folder / "2").rglob("*")) if path.is_file() and path.name != NAME)
+    path.unlink()
+    path.symlink_to(tmp_path / "nothing")
+    strategy, _ = start("fsdp")
+    with Checkpoints(folder, every=1) as checkpoints, pytest.warns(CheckpointWarning, match="can't be read"):
+        assert checkpoints.restore(strategy.abstract_state(init_fn)).step == 1
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path):

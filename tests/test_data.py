@@ -59,6 +59,15 @@ def test_a_last_short_batch_is_filled_up_with_what_counts_for_nothing():
     assert "example_weight" not in next(iter(load({"x": np.arange(16)}, process(0, 1), batch_size=8, epochs=1)))
 
 
+def test_weights_of_the_sources_own_stay():
+    source = {"x": np.arange(11), "example_weight": np.full(11, 0.5, "f4")}
+    first, last = load(source, process(0, 1), batch_size=8, epochs=1)
+    assert first["example_weight"].tolist() == [0.5] * 8
+    assert last["example_weight"].tolist() == [0.5] * 3 + [0] * 5
+    with pytest.raises(DataError, match="The batch to begin at is -1"):
+        load(source, process(0, 1), batch_size=8)(-1)
+
+
 def test_text_files_and_folders_are_windows(tmp_path):
     (tmp_path / "a.txt").write_text("abcdefghij" * 40)
     windows = TextWindows(tmp_path, length=16)

@@ -63,6 +63,26 @@ def test_output_is_prefixed_and_the_first_bad_end_ends_all(capfd):
     assert "jaxpar: process 0 ended with code 3; the others are ended too" in err
 
 
+def test_output_of_any_kind_and_what_is_left_running_hold_nobody_up(capfd):
+    began = time.monotonic()
+    code = "import sys; sys.stdout.buffer.write(b'\\xff\\xfe no text')"
+    assert main(["launch", "-n", "1", "--", "sh", "-c", f'{sys.executable} -c "{code}"; sleep 30 & exit 0']) == 0
+    assert time.monotonic() - began < 15
+    assert "no text" in capfd.readouterr().out
+
+
+def test_one_of_several_that_cannot_join_does_not_run_alone(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(DistributedError, match="This process is one of several, but could not join the others"):
+        initialize()
+
+
+def test_half_an_environment_is_named(monkeypatch):
+    monkeypatch.setenv("JAXPAR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(DistributedError, match="JAXPAR_ADDRESS is set, but not JAXPAR_PROCESSES and JAXPAR_PROCESS"):
+        initialize()
+
+
 def test_all_ending_well_is_well(capfd):
     assert main(["launch", "-n", "2", "--", sys.executable, "-c", "print('well')"]) == 0
     assert sorted(capfd.readouterr().out.splitlines()) == ["[0] well", "[1] well"]
