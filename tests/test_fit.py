@@ -322,8 +322,8 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path, whole, at):
     rows = log_of(tmp_path)
     assert {number for number, _ in rows} == set(range(1, 31))
     assert all(loss == whole[number] for number, loss in rows)
-    # Nothing beyond the last interval of five is done twice.
-    assert len(rows) <= 30 + 6
+    # Nothing is done twice but since the last checkpoint that was finished: one may have been on its way.
+    assert len(rows) <= 30 + 11
 
 
 @pytest.mark.slow
