@@ -16,13 +16,16 @@ import numpy as np
 
 from jaxpar.layout import format_bytes
 from jaxpar.manifest import NAME, ManifestError, check_manifest, read_digest, read_manifest, write_manifest
+from jaxpar.saved_leaves import (
+    CheckpointError,
+    abstract_leaf,
+    as_key_like,
+    check_leaves,
+    check_stored,
+    dtype_of,
+    leaves_of,
+)
 from jaxpar.state import is_key, named_leaves
-
-_KEY = "key"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be written, or must not be restored: the message names it, and what to do."""
 
 
 class CheckpointWarning(UserWarning):
@@ -126,7 +129,7 @@ class Checkpoints:
             raise CheckpointError(f"step is {number}; give a whole number, 0 or more and less than {2**31}.")
         if not force and number % self.every:
             return False
-        named = _leaves_of(state)
+        named = leaves_of(state)
         # Orbax writes no array of size 0; its shape says all there is to it.
         leaves = {
             path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in named.items() if leaf.size
@@ -137,7 +140,7 @@ class Checkpoints:
         content = {
             "step": number,
             "data": data,
-            "leaves": {path: [list(leaf.shape), _dtype_of(leaf)] for path, leaf in named.items()},
+            "leaves": {path: [list(leaf.shape), dtype_of(leaf)] for path, leaf in named.items()},
             "devices": len(next(iter(named.values())).sharding.device_set),
             "processes": jax.process_count(),
         }
@@ -198,14 +201,14 @@ class Checkpoints:
         self.wait()
         chosen = _agree(lambda: self._choose(step, verify))
         content = _agree_content(self._folder(chosen))
-        _check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")
+        check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")
         with _named(f"Checkpoint {chosen} in {self.directory} can't be read"):
-            _check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)
-            wanted = {path: leaf for path, leaf in _leaves_of(like).items() if leaf.size}
-            loaded = _orbax().load(self._folder(chosen), {path: _abstract(leaf) for path, leaf in wanted.items()})
+            check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)
+            wanted = {path: leaf for path, leaf in leaves_of(like).items() if leaf.size}
+            loaded = _orbax().load(self._folder(chosen), {path: abstract_leaf(leaf) for path, leaf in wanted.items()})
         empty = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
         leaves = [
-            empty(leaf) if not leaf.size else _as_key(loaded[path], leaf) if is_key(leaf) else loaded[path]
+            empty(leaf) if not leaf.size else as_key_like(loaded[path], leaf) if is_key(leaf) else loaded[path]
             for path, leaf in named_leaves(like)
         ]
         return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves), chosen, content["data"])
@@ -292,76 +295,6 @@ def describe_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{error}.") from error
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {**content, "bytes": size, "digest": read_digest(folder)}
-
-
-def _dtype_of(leaf: Any) -> str:
-    # A key's prints as key<fry>: its kind is a part of it.
-    return str(leaf.dtype)
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What is to be loaded of a leaf: its numbers, where they belong."""
-    if not is_key(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
-
-
-def _as_key(words: jax.Array, like: Any) -> jax.Array:
-    impls = ("threefry2x32", "rbg", "unsafe_rbg")
-    impl = next((name for name in impls if jax.random.key(0, impl=name).dtype == like.dtype), None)
-    return jax.random.wrap_key_data(words, impl=impl)
-
-
-def _check_leaves(saved: dict[str, Any], like: Any, name: str) -> None:
-    """Raises CheckpointError unless the saved leaves are those that are needed, in shape and dtype."""
-    needed = {path: [list(leaf.shape), _dtype_of(leaf)] for path, leaf in _leaves_of(like).items()}
-    if missing := sorted(set(needed) - set(saved)):
-        raise CheckpointError(
-            f"{name} lacks {len(missing)} of {len(needed)} leaves: {', '.join(missing[:4])}; it has {len(saved)}. Is "
-            "it of another model or optimizer?"
-        )
-    if more := sorted(set(saved) - set(needed)):
-        raise CheckpointError(
-            f"{name} has {len(more)} leaves that the state lacks: {', '.join(more[:4])}. Is it of another model or "
-            "optimizer?"
-        )
-    for path, (shape, dtype) in needed.items():
-        if saved[path] != [shape, dtype]:
-            raise CheckpointError(
-                f"{name} has {path!r} as {tuple(saved[path][0])} {saved[path][1]}, but the state needs {tuple(shape)} "
-                f"{dtype}."
-            )
-
-
-def _check_stored(metadata: Any, leaves: dict[str, Any], step: int) -> None:
-    """Raises CheckpointError unless Orbax's metadata tells the manifest's shapes and dtypes; nothing is made yet."""
-    stored = metadata
-    for path, (shape, dtype) in leaves.items():
-        if 0 in shape:
-            continue
-        found = stored.get(path) if isinstance(stored, dict) else None
-        numbers = "uint32" if dtype.startswith(_KEY) else dtype
-        inner = shape if not dtype.startswith(_KEY) else list(found.shape) if found is not None else []
-        if found is None or list(found.shape) != inner or str(np.dtype(found.dtype)) != numbers:
-            told = "nothing" if found is None else f"{tuple(found.shape)} {np.dtype(found.dtype)}"
-            raise CheckpointError(
-                f"Checkpoint {step} stores {told} as {path!r}, but its manifest says {shape} {dtype}."
-            )
-
-
-def _leaves_of(state: Any) -> dict[str, Any]:
-    """Each leaf by its path; raises CheckpointError where one is no array of a mesh, or two have one path."""
-    named: dict[str, Any] = {}
-    for path, leaf in named_leaves(state):
-        if path in named:
-            raise CheckpointError(f"Two leaves of the state have the path {path!r}; give one of them another name.")
-        if getattr(leaf, "sharding", None) is None:
-            raise CheckpointError(
-                f"State leaf {path!r} is a {type(leaf).__name__}, of no devices; place the state with strategy.place."
-            )
-        named[path] = leaf
-    return named
 
 
 def _as_json(data: Any) -> Any:

@@ -1266,14 +1266,14 @@ MUTATIONS += [
     Mutation(
         "a checkpoint's leaves not compared",
         "checkpoint.py",
-        '_check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")',
+        'check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")',
         "pass",
         SAVED + "a_changed_dtype_or_shape_is_no_silent_cast",
     ),
     Mutation(
         "what Orbax stores not compared",
         "checkpoint.py",
-        '_check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)',
+        'check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)',
         "pass",
         SAVED + "a_changed_dtype_or_shape_is_no_silent_cast",
     ),

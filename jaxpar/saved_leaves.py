@@ -1,0 +1,85 @@
+"""The leaves of a state as a checkpoint holds them, and whether it holds those that are needed."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpar.state import is_key, named_leaves
+
+_KEY = "key"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be written, or must not be restored: the message names it, and what to do."""
+
+
+def dtype_of(leaf: Any) -> str:
+    """Returns a leaf's dtype as text; a random key's tells its kind, as `key<fry>`."""
+    return str(leaf.dtype)
+
+
+def abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns what is to be loaded of a leaf: its numbers, where they belong."""
+    if not is_key(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
+
+
+def as_key_like(words: jax.Array, like: Any) -> jax.Array:
+    """Returns random keys of the kind of another leaf, made of their words."""
+    impls = ("threefry2x32", "rbg", "unsafe_rbg")
+    impl = next((name for name in impls if jax.random.key(0, impl=name).dtype == like.dtype), None)
+    return jax.random.wrap_key_data(words, impl=impl)
+
+
+def check_leaves(saved: dict[str, Any], like: Any, name: str) -> None:
+    """Raises CheckpointError unless the saved leaves are those that are needed, in shape and dtype."""
+    needed = {path: [list(leaf.shape), dtype_of(leaf)] for path, leaf in leaves_of(like).items()}
+    if missing := sorted(set(needed) - set(saved)):
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} of {len(needed)} leaves: {', '.join(missing[:4])}; it has {len(saved)}. Is "
+            "it of another model or optimizer?"
+        )
+    if more := sorted(set(saved) - set(needed)):
+        raise CheckpointError(
+            f"{name} has {len(more)} leaves that the state lacks: {', '.join(more[:4])}. Is it of another model or "
+            "optimizer?"
+        )
+    for path, (shape, dtype) in needed.items():
+        if saved[path] != [shape, dtype]:
+            raise CheckpointError(
+                f"{name} has {path!r} as {tuple(saved[path][0])} {saved[path][1]}, but the state needs {tuple(shape)} "
+                f"{dtype}."
+            )
+
+
+def check_stored(metadata: Any, leaves: dict[str, Any], step: int) -> None:
+    """Raises CheckpointError unless Orbax's metadata tells the manifest's shapes and dtypes; nothing is made yet."""
+    stored = metadata
+    for path, (shape, dtype) in leaves.items():
+        if 0 in shape:
+            continue
+        found = stored.get(path) if isinstance(stored, dict) else None
+        numbers = "uint32" if dtype.startswith(_KEY) else dtype
+        inner = shape if not dtype.startswith(_KEY) else list(found.shape) if found is not None else []
+        if found is None or list(found.shape) != inner or str(np.dtype(found.dtype)) != numbers:
+            told = "nothing" if found is None else f"{tuple(found.shape)} {np.dtype(found.dtype)}"
+            raise CheckpointError(
+                f"Checkpoint {step} stores {told} as {path!r}, but its manifest says {shape} {dtype}."
+            )
+
+
+def leaves_of(state: Any) -> dict[str, Any]:
+    """Returns each leaf by its path; raises CheckpointError where one is no array of a mesh, or two have one path."""
+    named: dict[str, Any] = {}
+    for path, leaf in named_leaves(state):
+        if path in named:
+            raise CheckpointError(f"Two leaves of the state have the path {path!r}; give one of them another name.")
+        if getattr(leaf, "sharding", None) is None:
+            raise CheckpointError(
+                f"State leaf {path!r} is a {type(leaf).__name__}, of no devices; place the state with strategy.place."
+            )
+        named[path] = leaf
+    return named
