@@ -200,7 +200,7 @@ class Checkpoints:
         """
         self.wait()
         chosen = _agree(lambda: self._choose(step, verify))
-        content = _agree_content(self._folder(chosen))
+        content = _read_content(self._folder(chosen))
         check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")
         with _named(f"Checkpoint {chosen} in {self.directory} can't be read"):
             check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)
@@ -339,7 +339,7 @@ def _agree(choose: Callable[[], int]) -> int:
     return chosen
 
 
-def _agree_content(folder: pathlib.Path) -> dict[str, Any]:
+def _read_content(folder: pathlib.Path) -> dict[str, Any]:
     try:
         content = read_manifest(folder)
     except ManifestError as error:

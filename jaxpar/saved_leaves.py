@@ -57,11 +57,10 @@ def check_leaves(saved: dict[str, Any], like: Any, name: str) -> None:
 
 def check_stored(metadata: Any, leaves: dict[str, Any], step: int) -> None:
     """Raises CheckpointError unless Orbax's metadata tells the manifest's shapes and dtypes; nothing is made yet."""
-    stored = metadata
     for path, (shape, dtype) in leaves.items():
         if 0 in shape:
             continue
-        found = stored.get(path) if isinstance(stored, dict) else None
+        found = metadata.get(path) if isinstance(metadata, dict) else None
         numbers = "uint32" if dtype.startswith(_KEY) else dtype
         inner = shape if not dtype.startswith(_KEY) else list(found.shape) if found is not None else []
         if found is None or list(found.shape) != inner or str(np.dtype(found.dtype)) != numbers:
