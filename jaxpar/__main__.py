@@ -2,17 +2,19 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jaxpar
-from jaxpar.usage import UsageError, path_name, positive_number, whole_number
+from jaxpar.usage import DEMO_SIZES, UsageError, path_name, positive_number, whole_number
 
 # jaxpar.AXES is beside code that imports JAX, for which --help would wait.
 _AXES = ("data", "fsdp", "stage", "expert", "context", "model")
 _MAX_SEED = 2**32 - 1
 _MAX_SIZE = 2**20
 _MAX_FAKE_DEVICES = 1024
+# What is not given is not there: a module's sizes are its own.
+_SIZES_GIVEN = dict.fromkeys(DEMO_SIZES, argparse.SUPPRESS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +69,7 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
     )
     _add_placement(train)
     _add_job(train)
-    _add_model(train)
+    _add_model(train, DEMO_SIZES)
     train.set_defaults(run=_train)
     return train
 
@@ -84,7 +86,7 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
     _add_target(inspect).add_argument(
         "--target", metavar="POD", help="v4, v5e, v5p or v6e, by chips or shape: v5e-256, v5p:4x4x8"
     )
-    _add_model(inspect)
+    _add_model(inspect, _SIZES_GIVEN)
     inspect.set_defaults(run=_inspect)
     return inspect
 
@@ -100,7 +102,7 @@ def _add_estimate(commands: Any) -> argparse.ArgumentParser:
     )
     _add_module(estimate)
     _add_pods(_add_target(estimate))
-    _add_model(estimate)
+    _add_model(estimate, _SIZES_GIVEN)
     estimate.set_defaults(run=_estimate)
     return estimate
 
@@ -232,20 +234,20 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--learning-rate", type=positive_number, default=4e-3, metavar="X", help="at its peak")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
+def _add_model(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    unless_given = ", ".join(f"{value} {name.replace('_', '-')}" for name, value in DEMO_SIZES.items())
+    group = parser.add_argument_group("model", f"of jaxpar train; where nothing is given, {unless_given}")
     size = whole_number(1, _MAX_SIZE)
-    group.add_argument("--d-model", type=size, default=128, metavar="N", help="features between layers")
-    group.add_argument("--layers", type=size, default=2, metavar="N", help="how many")
-    group.add_argument("--heads", type=size, default=8, metavar="N", help="query heads")
-    group.add_argument(
-        "--experts",
-        type=whole_number(0, _MAX_SIZE),
-        default=0,
-        metavar="N",
-        help="experts in place of each MLP; 0: none",
-    )
-    group.add_argument("--kv-heads", type=size, default=4, metavar="N", help="key/value heads")
+    helps = {
+        "d_model": "features between layers",
+        "layers": "how many",
+        "heads": "query heads",
+        "experts": "experts in place of each MLP; 0: none",
+        "kv_heads": "key/value heads",
+    }
+    for name, default in defaults.items():
+        kind = whole_number(0, _MAX_SIZE) if name == "experts" else size
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=helps[name])
 
 
 def _train(options: argparse.Namespace) -> int:

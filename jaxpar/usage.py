@@ -5,6 +5,9 @@ import functools
 import math
 from collections.abc import Callable
 
+# Of the demo's model, where its options are not given.
+DEMO_SIZES = {"d_model": 128, "layers": 2, "heads": 8, "experts": 0, "kv_heads": 4}
+
 
 class UsageError(ValueError):
     """Arguments that can't be: the message is the one line that the user sees."""

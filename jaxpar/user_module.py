@@ -7,7 +7,7 @@ import importlib.util
 import pathlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from flax import nnx
 import jaxpar
 from jaxpar import train_command
 from jaxpar.transformer import Sizes, Transformer
-from jaxpar.usage import UsageError
+from jaxpar.usage import DEMO_SIZES, UsageError
 
 _NEEDED = ("init_fn", "loss_fn", "batch")
 # https://arxiv.org/abs/2307.09288, table 1 and its released configuration.
@@ -33,6 +33,10 @@ def run_step(options: argparse.Namespace, mesh: jax.sharding.Mesh, report: Calla
       UsageError: the options, or the module, can't be.
     """
     name = options.module
+    if name is not None:
+        _refuse_sizes(
+            options, DEMO_SIZES if name in _READY else [*DEMO_SIZES, "batch_size", "seq_len", "stage_microbatches"]
+        )
     module = _demo(options, mesh) if name is None else _ready(options, mesh) if name in _READY else _load(name)
     rules = getattr(module, "rules", None)
     try:
@@ -104,8 +108,20 @@ def _load(name: str) -> types.ModuleType:
     return module
 
 
+def _refuse_sizes(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """What would be passed over in silence."""
+    given = vars(options)
+    for name in names:
+        if given.get(name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {given[name]} is given, but {options.module} has its own; leave that out, "
+                "or MODULE: then the model of jaxpar train has any size."
+            )
+
+
 def _demo(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
     """The model of `jaxpar train`, with the sizes that the options give."""
+    options = argparse.Namespace(**{**DEMO_SIZES, **vars(options)})
     rows = {key: jax.ShapeDtypeStruct((options.batch_size or 32, options.seq_len or 64), "uint8") for key in ("x", "y")}
     init_fn = train_command.make_init_fn(options, train_command.read_sizes(options), mesh)
     return types.SimpleNamespace(init_fn=init_fn, loss_fn=train_command.loss_fn, batch=rows)

@@ -65,6 +65,9 @@ def test_the_demos_model_needs_no_code(capsys):
         (["--target", "v5e-16", "--fake-devices", "8"], "--target and --fake-devices are given"),
         (["--mesh", "data=8", "--fake-devices", "8", "--slices", "2"], "slices=2, but the devices lie on 1"),
         (["--mesh", "data=8", "--fake-devices", "8", "--batch-size", "9"], "9 examples, which do not divide by 8"),
+        (["llama2-7b", *ARGUMENTS, "--layers", "2"], "--layers 2 is given, but llama2-7b has its own"),
+        (["json", *ARGUMENTS, "--seq-len", "128"], "--seq-len 128 is given, but json has its own"),
+        (["json", *ARGUMENTS, "--experts", "0"], "--experts 0 is given, but json has its own"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_code_2(arguments, message, capsys):
