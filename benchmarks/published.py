@@ -28,7 +28,8 @@ from jaxpar.estimation.chips import read_figures
 from jaxpar.inspection.flops import count_products
 from jaxpar.transformer import Attention, Block, Features, Sizes, SwiGLU, Transformer, attend_causally
 
-# What the scripts that printed the figures gave the compiler, by LIBTPU_INIT_ARGS; the v4 ones but the last.
+# What the scripts that printed the figures gave the compiler, by LIBTPU_INIT_ARGS. v6e refuses them, and on v4 they
+# change nothing in the two programs of one slice.
 _FLAGS = (
     "xla_tpu_enable_async_collective_fusion",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather",

@@ -88,8 +88,7 @@ def rooflines(case: Case, choice: Choice) -> tuple[float, float]:
     keys = 2 * 2 * local / axis("context") * kv_width
     # Keys and values go round twice forward and once backward, there with gradients in float32.
     ring = 5 * sizes.layers * keys * (axis("context") - 1) / link
-    split = 1 if axis("fsdp") == 1 else axis("fsdp")
-    memory = (3 * 2 * here + 28 * here / split) / hbm
+    memory = (3 * 2 * here + 28 * here / axis("fsdp")) / hbm
     parts = multiplied, gathered, summed, tensor, exchanged, ring, memory
     return max(parts), sum(parts)
 
@@ -133,7 +132,7 @@ def choices_of(case: Case) -> list[Choice]:
 
 
 def draw_case(draw: random.Random, number: int) -> Case:
-    """Returns a case of the stated range: every slice of the list, 1k to 8k features, 64 to 16k tokens a chip."""
+    """Returns a case of the stated range: every slice of the list, 1k to 8k features, 8 to 16k tokens a chip."""
     chip, shape = draw.choice(_SLICES)
     d_model = draw.choice((1024, 2048, 4096, 8192))
     heads = d_model // 128

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +33,7 @@ def estimate(options: argparse.Namespace) -> int:
         raise UsageError(
             f"--target {options.target!r} names no pod; give one, as v5e-256, or several, as v5e-64,v5p-16."
         )
-    prices = _read_prices(options.price)
+    prices = _read_prices(options.price, targets)
     if len(targets) == 1:
         report = _estimate(options, targets[0], prices)
         found: list[Any] = [report]
@@ -55,8 +56,9 @@ def estimate(options: argparse.Namespace) -> int:
 
 def _estimate(options: argparse.Namespace, target: str, prices: dict[str, float]) -> jaxpar.Estimate:
     mesh = make_mesh(options, target)
-    chip = target.split("-")[0].split(":")[0]
-    report = functools.partial(jaxpar.estimate, dollars_an_hour=prices.get(chip), seconds=options.time_limit)
+    report = functools.partial(
+        jaxpar.estimate, dollars_an_hour=prices.get(_chip_of(target)), seconds=options.time_limit
+    )
     with _progress(f"compiling for {target}"):
         return run_step(options, mesh, report)
 
@@ -68,7 +70,7 @@ def _progress(what: str) -> Iterator[None]:
         yield
 
 
-def _read_prices(text: str | None) -> dict[str, float]:
+def _read_prices(text: str | None, targets: list[str]) -> dict[str, float]:
     prices = {}
     for part in (text or "").split(","):
         if not part:
@@ -80,7 +82,13 @@ def _read_prices(text: str | None) -> dict[str, float]:
             raise UsageError(f"--price has {part!r}; write chips and dollars an hour, as v5e=0.6,v5p=2.") from None
         if chip.strip() not in CHIPS:
             raise UsageError(f"--price has the chip {chip.strip()!r}; those known are {', '.join(CHIPS)}.")
+        if chip.strip() not in map(_chip_of, targets):
+            raise UsageError(f"--price has the chip {chip.strip()!r}, but --target names {', '.join(targets)} alone.")
     return prices
+
+
+def _chip_of(target: str) -> str:
+    return re.split("[-:]", target)[0]
 
 
 def _print(report: Any, content: Any, options: argparse.Namespace) -> None:
@@ -128,7 +136,7 @@ def _row(target: str, report: jaxpar.Estimate) -> tuple[str, ...]:
         report.bound,
         f"{report.dollars_an_hour:,.2f}",
         f"{report.dollars_a_billion:,.2f}",
-        str(report.price.read),
+        str(report.price.read or report.price.source),
     )
 
 

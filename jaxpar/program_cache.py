@@ -52,11 +52,15 @@ def write(key: str, content: dict[str, Any]) -> None:
     folder = _folder()
     if folder is None:
         return
+    part = None
     try:
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
+            part = pathlib.Path(file.name)
             file.write(gzip.compress(json.dumps(content).encode(), 6))
-        os.replace(file.name, folder / f"{key}.json.gz")
+        os.replace(part, folder / f"{key}.json.gz")
     except OSError as error:
+        if part is not None:
+            part.unlink(missing_ok=True)
         warnings.warn(
             f"A compiled program can't be kept in {folder}: {error.strerror}; name another folder by JAXPAR_CACHE_DIR.",
             stacklevel=4,

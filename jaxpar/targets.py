@@ -6,6 +6,7 @@ The compiler for TPUs is a Python package, libtpu, and runs on any Linux machine
 import difflib
 import functools
 import importlib.util
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -26,12 +27,14 @@ class Chip(NamedTuple):
       dims: how many dims its pods have.
       topologies: the shapes of its slices, by chips, as the vendor sells them.
       hbm_bytes: what a program can use of its memory, as libtpu 0.0.42 says when it refuses a larger one.
+      pod_chips: the chips of a whole pod.
       options: what libtpu needs to be told beside the shape.
     """
 
     dims: int
     topologies: dict[int, tuple[int, ...]]
     hbm_bytes: int
+    pod_chips: int
     options: dict[str, str]
 
 
@@ -42,10 +45,10 @@ _GIB = 2**30
 _TARGETS: dict[Any, "Target"] = {}
 # Topologies: https://cloud.google.com/tpu/docs/v5e, /v6e, /v4, /v5p, read 2026-11-25.
 CHIPS = {
-    "v4": Chip(3, _CUBES, int(30.75 * _GIB), {"chip_config_name": "megacore"}),
-    "v5e": Chip(2, _FLAT, int(15.75 * _GIB), {}),
-    "v5p": Chip(3, _CUBES, int(95.74 * _GIB), {}),
-    "v6e": Chip(2, _FLAT, int(31.25 * _GIB), {}),
+    "v4": Chip(3, _CUBES, int(30.75 * _GIB), 4096, {"chip_config_name": "megacore"}),
+    "v5e": Chip(2, _FLAT, int(15.75 * _GIB), 256, {}),
+    "v5p": Chip(3, _CUBES, int(95.74 * _GIB), 8960, {}),
+    "v6e": Chip(2, _FLAT, int(31.25 * _GIB), 256, {}),
 }
 
 
@@ -92,16 +95,21 @@ def read_target(text: str, slices: int = 1) -> Target:
         return Target(name, chip.topologies[int(count)], slices)
     dims = tuple(int(dim) for dim in shape.split("x"))
     # libtpu aborts the whole process at some shapes that don't exist.
-    exists = dims in chip.topologies.values() if chip.dims == 2 else _is_cuboid(dims)
+    exists = dims in chip.topologies.values() if chip.dims == 2 else _is_cuboid(dims, chip.pod_chips)
     if len(dims) != chip.dims or not exists:
         shapes = ", ".join("x".join(map(str, dims)) for dims in chip.topologies.values())
-        more = "" if chip.dims == 2 else "; from 4x4x4 on every multiple of 4 up to 28 in each dim"
+        more = (
+            ""
+            if chip.dims == 2
+            else f"; from 4x4x4 on every multiple of 4 up to 28 in each dim, {chip.pod_chips} chips at most"
+        )
         raise TargetError(f"target {text!r} has a shape that {name} doesn't come in; it comes in {shapes}{more}.")
     return Target(name, dims, slices)
 
 
-def _is_cuboid(dims: tuple[int, ...]) -> bool:
-    return dims in _CUBES.values() or (len(dims) == 3 and all(dim % 4 == 0 and 4 <= dim <= 28 for dim in dims))
+def _is_cuboid(dims: tuple[int, ...], most: int) -> bool:
+    whole = len(dims) == 3 and all(dim % 4 == 0 and 4 <= dim <= 28 for dim in dims)
+    return dims in _CUBES.values() or (whole and math.prod(dims) <= most)
 
 
 @functools.cache

@@ -24,6 +24,8 @@ _NEEDED = ("init_fn", "loss_fn", "batch")
 # https://arxiv.org/abs/2307.09288, table 1 and its released configuration.
 _READY = {"llama2-7b": Sizes(4096, 32, 32, 32, 11008, vocab=32000)}
 _READY_LENGTH = 4096
+# The names of the users' own files among the loaded modules.
+_LOADED: set[str] = set()
 
 
 def run_step(options: argparse.Namespace, mesh: jax.sharding.Mesh, report: Callable[..., Any]) -> Any:
@@ -81,6 +83,10 @@ def _load(name: str) -> types.ModuleType:
       UsageError: there is none, it fails, or it lacks what is needed.
     """
     path = pathlib.Path(name)
+    if path.suffix == ".py" and path.stem in sys.modules and path.stem not in _LOADED:
+        raise UsageError(
+            f"{name} has the name of the module {path.stem!r}, which is in use and would be hidden; rename the file."
+        )
     try:
         if path.suffix == ".py":
             spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -90,6 +96,7 @@ def _load(name: str) -> types.ModuleType:
             # As `python file.py` does: it finds what lies beside it, and dataclasses find it.
             sys.path.insert(0, str(path.resolve().parent))
             sys.modules[path.stem] = module
+            _LOADED.add(path.stem)
             spec.loader.exec_module(module)
         else:
             sys.path.insert(0, "")

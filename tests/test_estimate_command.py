@@ -30,6 +30,7 @@ def test_a_target_is_needed_and_named(capsys):
     ("price", "message"),
     [
         ("v5e", "--price has 'v5e'; write chips and dollars an hour"),
+        ("v5p=2", "--price has the chip 'v5p', but --target names v5e-16 alone"),
         ("v9=2", "--price has the chip 'v9'; those known are"),
     ],
 )

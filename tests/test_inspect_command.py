@@ -59,6 +59,7 @@ def test_the_demos_model_needs_no_code(capsys):
     [
         (["nothing.py", *ARGUMENTS], "nothing.py is no file; give a Python file or module with init_fn, loss_fn"),
         (["no_such_module", *ARGUMENTS], "no_such_module can't be imported: ModuleNotFoundError: No module named"),
+        (["copy.py", *ARGUMENTS], "copy.py has the name of the module 'copy', which is in use and would be hidden"),
         (["json", *ARGUMENTS], "json has no init_fn, loss_fn, batch; it needs"),
         (["--mesh", "data=3", "--fake-devices", "8"], "Mesh axes {'data': 3} use 3 devices, but 8 are available"),
         (["--mesh", "data=3", "--target", "v7-3"], "target 'v7-3' has the chip 'v7'"),

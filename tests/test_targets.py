@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import pathlib
 import re
 import tempfile
 
@@ -43,6 +42,7 @@ def test_every_slice_has_as_many_chips_as_its_shape(chip):
             "v5e-12",
             r"asks for 12 chips in a slice; v5e comes in slices of 4, 8, .* More chips are more slices: slices=2",
         ),
+        ("v4:28x28x28", "from 4x4x4 on every multiple of 4 up to 28 in each dim, 4096 chips at most"),
         ("v5e:16x32", "has a shape that v5e doesn't come in; it comes in 2x2, 2x4"),
         ("v5p:4x4", "from 4x4x4 on every multiple of 4"),
         ("v5p:4x4x6", "from 4x4x4 on every multiple of 4"),
@@ -175,7 +175,8 @@ def test_nothing_can_be_put_on_what_is_not_here():
 
 
 @pytest.mark.slow
-def test_a_compile_that_fails_aborts_or_hangs_ends_with_its_reason(monkeypatch):
+def test_a_compile_that_fails_aborts_or_hangs_ends_with_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     target = read_target("v5e-16")
     _, step, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"))
     monkeypatch.setenv("JAXPAR_CACHE_DIR", "")
@@ -185,7 +186,7 @@ def test_a_compile_that_fails_aborts_or_hangs_ends_with_its_reason(monkeypatch):
     monkeypatch.setattr(type(step), "export", lambda *args: nothing())
     with pytest.raises(AheadError, match=r"The compile for v5e:4x4 ended with code 1: "):
         compile_ahead(step, state, batch, target)
-    assert not list(pathlib.Path(tempfile.gettempdir()).glob("jaxpar-*"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

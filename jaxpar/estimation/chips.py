@@ -10,11 +10,11 @@ CASES = ("most", "expected", "least")
 
 
 class Figure(NamedTuple):
-    """A number, where it is from, and the day it was read."""
+    """A number, where it is from, and the day it was read; None for a user's own."""
 
     value: Any
     source: str
-    read: datetime.date
+    read: datetime.date | None
 
 
 class Rates(NamedTuple):

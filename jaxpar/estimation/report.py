@@ -198,8 +198,9 @@ class Estimate:
         ]
 
     def _notes(self) -> list[str]:
+        read = f", read {self.price.read}" if self.price.read else ""
         notes = [
-            f"Price: {self.price.value:.2f} dollars a chip and hour, {self.price.source}, read {self.price.read}.",
+            f"Price: {self.price.value:.2f} dollars a chip and hour, {self.price.source}{read}.",
             "Range: what matrix units, memory, kernels and links are known to reach, all at most or all at least.",
         ]
         if self.if_gathered < 0.99 * self.seconds:
@@ -274,7 +275,7 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
     _positive("seconds", seconds)
     listed = read_figures()[target.chip]["dollars_an_hour"]
     given = None if dollars_an_hour is None else _positive("dollars_an_hour", dollars_an_hour)
-    price = listed if given is None else listed._replace(value=given, source="as given")
+    price = listed if given is None else Figure(given, "as given", None)
     jaxpr = step.trace(state, batch)
     program = compile_ahead(step, state, batch, target, seconds=seconds)
     read, kernels = read_program(program.text), count_kernels(jaxpr)
@@ -283,6 +284,11 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
         return walk(read, Machine(mesh, torus_of(mesh, target.shape, rates_of(target.chip, case)), kernels, gathers))
 
     expected = spend("expected", False)
+    if not (expected.seconds and count):
+        raise EstimationError(
+            f"The step takes {expected.seconds} s for {count} {unit}: there is nothing to divide by; give a step that "
+            "computes, and a batch that has rows."
+        )
     return Estimate(
         strategy=strategy.name,
         target=target,
