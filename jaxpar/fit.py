@@ -1,7 +1,6 @@
 """`fit`: a thin loop over a train step, that resumes, saves, stops when asked to, and tells how it goes."""
 
 import contextlib
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxpar.evaluation import EvalStep, evaluate
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.progress import show_steps
+from jaxpar.source import BatchesEnded, Source
 from jaxpar.state import TrainState, named_leaves
 from jaxpar.step import Step
 
@@ -110,7 +110,7 @@ class _Run:
         options, put = self.options, self.options.train_step.strategy.shard_batch
         state, place = self._resume(state)
         number = int(state.step)
-        source = _Source(batches, place, number)
+        source = Source(batches, place, number, options.train_step.strategy.mesh)
         place, batch = source.place(), None
         # What is here is saved, or can be made again: there is nothing to lose while the step compiles.
         self.preemption.nothing_to_lose(self.safe == number)
@@ -158,19 +158,16 @@ class _Run:
         restored = checkpoint.restore(like)
         return restored.state, restored.data
 
-    def _draw(self, source: "_Source", put: Callable[[Any], Any], number: int, state: TrainState, place: Any) -> Any:
+    def _draw(self, source: Source, put: Callable[[Any], Any], number: int, state: TrainState, place: Any) -> Any:
         try:
-            return put(source.draw())
-        except StopIteration:
+            return put(source.draw(number + 1 < self.options.steps))
+        except BatchesEnded as ended:
             failed = self._tell_late()
             if failed is not None:
                 self._go_back(state, failed)
             if self.options.checkpoint is not None and number not in self.options.checkpoint.steps:
                 self._save(state, number, place)
-            raise FitError(
-                f"The batches ended after step {number}, but steps={self.options.steps}; give more, as a function "
-                "batches(step) that never ends, or fewer steps."
-            ) from None
+            raise FitError(_told_of_end(ended, number, self.options.steps)) from ended.error
 
     def _tell_late(self) -> tuple[int, dict[str, float]] | None:
         """Tells the listeners of the step before, now that its metrics are here; returns it if it is no number."""
@@ -244,43 +241,18 @@ class _Run:
         return state
 
 
-class _Source:
-    """Where batches come from, and how far they have been drawn."""
-
-    def __init__(self, batches: Any, place: Any, number: int):
-        is_saved = isinstance(place, dict)
-        place = place if is_saved else {}
-        self._drawn: int = place.get("drawn", number)
-        is_stateful = hasattr(batches, "get_state") and hasattr(batches, "set_state")
-        is_function = callable(batches) and not is_stateful
-        given: Any = batches(self._drawn) if is_function else batches
-        self._iterator: Any = iter(given)
-        if is_function:
-            return
-        if is_stateful and "iterator" in place:
-            batches.set_state(_decode(place["iterator"]))
-        elif is_saved or self._iterator is not batches:
-            # From the beginning; but an iterator of this run's own is where it is.
-            next(itertools.islice(self._iterator, self._drawn, self._drawn), None)
-
-    def place(self) -> dict[str, Any]:
-        """Where to go on from: what was drawn last has been used."""
-        state = getattr(self._iterator, "get_state", None)
-        return {"drawn": self._drawn, **({"iterator": _encode(state())} if state is not None else {})}
-
-    def draw(self) -> Any:
-        """The next batch; raises StopIteration where there is none."""
-        batch = next(self._iterator)
-        self._drawn += 1
-        return batch
-
-
-def _encode(state: Any) -> Any:
-    return {"bytes": state.hex()} if isinstance(state, bytes) else state
-
-
-def _decode(state: Any) -> Any:
-    return bytes.fromhex(state["bytes"]) if isinstance(state, dict) and set(state) == {"bytes"} else state
+def _told_of_end(ended: BatchesEnded, number: int, steps: int) -> str:
+    if not ended.processes:
+        return (
+            f"The batches ended after step {number}, but steps={steps}; give more, as a function batches(step) that "
+            "never ends, or fewer steps."
+        )
+    why = f" Here they failed, with {type(ended.error).__name__}: {ended.error}." if ended.error is not None else ""
+    lacking = ", ".join(map(str, ended.processes))
+    return (
+        f"Process {lacking} of {jax.process_count()} has no batch after step {number}, but "
+        f"steps={steps}: all stop.{why} Give each process as many, as jaxpar.data.load does, or fewer steps."
+    )
 
 
 def _flatten(metrics: Any) -> dict[str, Any]:
