@@ -15,9 +15,9 @@ from jaxpar.evaluation import EvalStep, evaluate
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.profiling import Profile
 from jaxpar.source import BatchesEnded, Source
-from jaxpar.state import TrainState
+from jaxpar.state import TrainState, named_leaves
 from jaxpar.step import Step
-from jaxpar.watch import OnStep, Watch, to_floats, watching
+from jaxpar.watch import OnStep, Watch, watching
 
 # How often to go back to one checkpoint.
 _RETURNS = 3
@@ -200,9 +200,8 @@ class _Run:
                 self.preemption.nothing_to_lose(is_safe and not failed)
             found = evaluate(step, state, batches)
             self.preemption.nothing_to_lose(False)
-            self.watch.tell(
-                number, {f"eval/{name}" if name else "eval": value for name, value in to_floats(found).items()}
-            )
+            values = {f"eval/{name}" if name else "eval": float(value) for name, value in named_leaves(found)}
+            self.watch.tell(number, values)
 
     def _save(self, state: TrainState, number: int, place: Any) -> bool:
         """Saves, and in the end or before the process leaves waits for it; returns whether it is done, or begun.

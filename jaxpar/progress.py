@@ -21,7 +21,7 @@ Show = Callable[[int, dict[str, float], Work | None], None]
 # The mean step time is over so many seconds, or a thousand steps.
 _PERIOD_SECONDS = 300
 # Each refresh takes a millisecond or two of a core, which on a small machine is the step's.
-_REFRESHES_A_SECOND = 4
+_REFRESHES_A_SECOND = 2
 
 
 def is_live() -> bool:

@@ -21,6 +21,8 @@ class Watch:
     def __init__(self, on_step: OnStep | None, show: Show | None, meter: Meter, recorder: Recorder):
         self._on_step, self._show, self._meter, self._recorder = on_step, show, meter, recorder
         self._late: tuple[int, Any, Work | None] | None = None
+        self._treedef: Any = None
+        self._names: list[str] = []
 
     def before(self, number: int, state: Any) -> None:
         """Is told of a step before it is given to the devices."""
@@ -38,7 +40,11 @@ class Watch:
             return None
         number, metrics, work = self._late
         self._late = None
-        values = to_floats(metrics)
+        leaves, treedef = jax.tree.flatten(metrics)
+        if self._treedef is None or treedef != self._treedef:
+            # To spell the paths takes longer than to read the values.
+            self._treedef, self._names = treedef, [name for name, _ in named_leaves(metrics)]
+        values = {name: float(value) for name, value in zip(self._names, leaves, strict=True)}
         self.tell(number, values, work)
         return number, values
 
@@ -64,8 +70,3 @@ def watching(
     lines = show_steps(steps, estimated) if jax.process_index() == 0 else contextlib.nullcontext()
     with lines as show, contextlib.closing(recorder):
         yield Watch(on_step, show, Meter(train_step), recorder)
-
-
-def to_floats(metrics: Any) -> dict[str, float]:
-    """Returns each value under its path, as floats: all of them are asked for before the first is waited for."""
-    return {name: float(value) for name, value in named_leaves(jax.device_get(metrics))}
