@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from jaxpar.partition import PartitionError as PartitionError
     from jaxpar.pipeline import pipeline as pipeline
     from jaxpar.pipeline_loss import pipeline_loss as pipeline_loss
+    from jaxpar.profiling import Profile as Profile
     from jaxpar.rules import EXPERT as EXPERT
     from jaxpar.rules import FSDP as FSDP
     from jaxpar.rules import MEGATRON as MEGATRON
@@ -96,6 +97,7 @@ _HOME = {
     "loss": ("LossError", "Weighted"),
     "mesh": ("AXES", "MeshError", "fake_devices", "make_mesh"),
     "partition": ("WHOLE", "Leaf", "PartitionError"),
+    "profiling": ("Profile",),
     "rules": ("EXPERT", "FSDP", "MEGATRON", "PIPELINE", "ZERO1", "experts", "fsdp", "megatron", "stages", "zero1"),
     "pipeline": ("pipeline",),
     "pipeline_loss": ("pipeline_loss",),

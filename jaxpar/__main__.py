@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jaxpar
-from jaxpar.usage import DEMO_SIZES, UsageError, path_name, positive_number, whole_number
+from jaxpar.usage import DEMO_SIZES, UsageError, path_name, positive_number, step_range, whole_number
 
 # jaxpar.AXES is beside code that imports JAX, for which --help would wait.
 _AXES = ("data", "fsdp", "stage", "expert", "context", "model")
@@ -219,6 +219,9 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         "--text", type=path_name, metavar="PATH", help="file or folder; if not given, Python's own standard library"
     )
     group.add_argument("--out", type=path_name, metavar="DIR", help="folder for log.jsonl (a row a step) and loss.png")
+    group.add_argument(
+        "--profile", type=step_range, metavar="A..B", help="write a trace of these steps to --out, for xprof"
+    )
     group.add_argument("--steps", type=whole_number(1), default=200, metavar="N", help="how many")
     group.add_argument("--seed", type=whole_number(0, _MAX_SEED), default=0, metavar="N", help="of all randomness")
     group.add_argument("--batch-size", type=size, default=32, metavar="N", help="rows, over all devices")

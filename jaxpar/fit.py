@@ -1,8 +1,8 @@
 """`fit`: a thin loop over a train step, that resumes, saves, stops when asked to, and tells how it goes."""
 
 import contextlib
-import itertools
 import math
+import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -13,13 +13,14 @@ import numpy as np
 from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxpar.evaluation import EvalStep, evaluate
 from jaxpar.preemption import CODE, Preemption
-from jaxpar.progress import show_steps
+from jaxpar.profiling import Profile
+from jaxpar.source import BatchesEnded, Source
 from jaxpar.state import TrainState, named_leaves
 from jaxpar.step import Step
+from jaxpar.watch import OnStep, Watch, watching
 
 # How often to go back to one checkpoint.
 _RETURNS = 3
-OnStep = Callable[[int, dict[str, float]], Any]
 
 
 class FitError(ValueError):
@@ -36,12 +37,15 @@ def fit(
     checkpoint: Checkpoints | None = None,
     on_step: OnStep | None = None,
     nonfinite: Literal["stop", "roll back"] = "stop",
+    profile: Profile | None = None,
+    estimate: Any = None,
 ) -> Any:
     """Returns the state after so many steps in all, those before a restart included.
 
     Where `checkpoint` holds one, the run goes on from it: same state, same randomness, same batches. It saves every
     `checkpoint.every` steps, at the end, and when the process is asked to end (SIGTERM): then it leaves with code 143.
-    A second SIGTERM ends it at once. Without any of this it is
+    A second SIGTERM ends it at once. On a terminal one live line tells step, loss, tokens/s, a step's time, model FLOPs
+    utilisation where the chip is known, and how long it will take. Without any of this it is
 
         for batch in batches:
             state, metrics = train_step(state, strategy.shard_batch(batch))
@@ -56,9 +60,11 @@ def fit(
       eval_step: from `make_eval_step`, and the batches to evaluate: at each save, and at the end.
       checkpoint: where to save, and to resume from.
       on_step: `on_step(step, metrics)`, called with floats, one step late so that the devices don't wait: a logger.
-        What an evaluation gives comes as `eval`, or `eval/` and its names. By default a live line on a terminal.
+        What an evaluation gives comes as `eval`, or `eval/` and its names.
       nonfinite: what to do when a loss is no number: stop, or go back to the latest checkpoint and on with the batches
         that follow. To skip such updates instead, wrap the optimizer in `optax.apply_if_finite`.
+      profile: `jaxpar.Profile(directory, first, last)`, the steps to trace.
+      estimate: what `jaxpar.estimate` returned, or seconds: stands beside the measured step on the live line.
 
     Raises:
       FitError: the loss is no number, the batches end too early, or an argument can't be.
@@ -77,10 +83,11 @@ def fit(
     """
     _check(train_step, state, steps, eval_step, checkpoint, nonfinite)
     options = _Options(train_step, steps, eval_step, checkpoint, nonfinite)
-    with Preemption() as preemption, contextlib.ExitStack() as stack:
-        tell = stack.enter_context(show_steps(steps)) if on_step is None else on_step
+    _check_profile(profile, steps)
+    estimated = _seconds_of(estimate)
+    with Preemption() as preemption, watching(train_step, steps, on_step, estimated, profile) as watch:
         try:
-            return _Run(options, preemption, tell).go(state, batches)
+            return _Run(options, preemption, watch).go(state, batches)
         finally:
             # Whatever ends the run, what is being saved gets there.
             if checkpoint is not None:
@@ -99,9 +106,8 @@ class _Options(NamedTuple):
 class _Run:
     """One call of `fit`: what is told late, and what stops it."""
 
-    def __init__(self, options: _Options, preemption: Preemption, tell: OnStep):
-        self.options, self.preemption, self.tell = options, preemption, tell
-        self.late: tuple[int, Any] | None = None
+    def __init__(self, options: _Options, preemption: Preemption, watch: Watch):
+        self.options, self.preemption, self.watch = options, preemption, watch
         # The step up to which all is saved, or can be made again.
         self.safe = -1
         self.returns: dict[int, int] = {}
@@ -110,18 +116,20 @@ class _Run:
         options, put = self.options, self.options.train_step.strategy.shard_batch
         state, place = self._resume(state)
         number = int(state.step)
-        source = _Source(batches, place, number)
+        source = Source(batches, place, number, options.train_step.strategy.mesh)
         place, batch = source.place(), None
         # What is here is saved, or can be made again: there is nothing to lose while the step compiles.
         self.preemption.nothing_to_lose(self.safe == number)
         while number < options.steps:
             # One is here already, but at first, and after going back from the last step.
             batch = self._draw(source, put, number, state, place) if batch is None else batch
+            self.watch.before(number + 1, state)
             state, metrics = options.train_step(state, batch)
             self.preemption.nothing_to_lose(False)
-            number, place, batch = number + 1, source.place(), None
+            number, place = number + 1, source.place()
             failed = self._tell_late()
-            self.late = number, metrics
+            self.watch.after(number, state, metrics, batch)
+            batch = None
             if number < options.steps and failed is None:
                 # While the devices are at work.
                 batch = self._draw(source, put, number, state, place)
@@ -158,30 +166,23 @@ class _Run:
         restored = checkpoint.restore(like)
         return restored.state, restored.data
 
-    def _draw(self, source: "_Source", put: Callable[[Any], Any], number: int, state: TrainState, place: Any) -> Any:
+    def _draw(self, source: Source, put: Callable[[Any], Any], number: int, state: TrainState, place: Any) -> Any:
         try:
-            return put(source.draw())
-        except StopIteration:
+            return put(source.draw(number + 1 < self.options.steps))
+        except BatchesEnded as ended:
             failed = self._tell_late()
             if failed is not None:
                 self._go_back(state, failed)
             if self.options.checkpoint is not None and number not in self.options.checkpoint.steps:
                 self._save(state, number, place)
-            raise FitError(
-                f"The batches ended after step {number}, but steps={self.options.steps}; give more, as a function "
-                "batches(step) that never ends, or fewer steps."
-            ) from None
+            raise FitError(_told_of_end(ended, number, self.options.steps)) from ended.error
 
     def _tell_late(self) -> tuple[int, dict[str, float]] | None:
-        """Tells the listeners of the step before, now that its metrics are here; returns it if it is no number."""
-        if self.late is None:
+        """Tells of the step before, now that its metrics are here; returns it if it is no number."""
+        told = self.watch.catch_up()
+        if told is None or all(math.isfinite(told[1][name]) for name in ("loss", "grad_norm") if name in told[1]):
             return None
-        number, metrics = self.late
-        self.late = None
-        values = {name: float(value) for name, value in _flatten(metrics).items()}
-        self.tell(number, values)
-        is_number = all(math.isfinite(values[name]) for name in ("loss", "grad_norm") if name in values)
-        return None if is_number else (number, values)
+        return told
 
     def _is_due(self, number: int) -> bool:
         return self.options.checkpoint is not None and number % self.options.checkpoint.every == 0
@@ -199,8 +200,8 @@ class _Run:
                 self.preemption.nothing_to_lose(is_safe and not failed)
             found = evaluate(step, state, batches)
             self.preemption.nothing_to_lose(False)
-            values = {f"eval/{name}" if name else "eval": float(value) for name, value in _flatten(found).items()}
-            self.tell(number, values)
+            values = {f"eval/{name}" if name else "eval": float(value) for name, value in named_leaves(found)}
+            self.watch.tell(number, values)
 
     def _save(self, state: TrainState, number: int, place: Any) -> bool:
         """Saves, and in the end or before the process leaves waits for it; returns whether it is done, or begun.
@@ -227,7 +228,7 @@ class _Run:
         checkpoint.wait()
         if not checkpoint.any():
             raise FitError(f"Step {number} gave {told}, and there is no checkpoint to go back to.")
-        self.late = None
+        self.watch.forget()
         state, _ = self._restore(state, checkpoint)
         reached = int(state.step)
         self.returns[reached] = self.returns.get(reached, 0) + 1
@@ -244,47 +245,18 @@ class _Run:
         return state
 
 
-class _Source:
-    """Where batches come from, and how far they have been drawn."""
-
-    def __init__(self, batches: Any, place: Any, number: int):
-        is_saved = isinstance(place, dict)
-        place = place if is_saved else {}
-        self._drawn: int = place.get("drawn", number)
-        is_stateful = hasattr(batches, "get_state") and hasattr(batches, "set_state")
-        is_function = callable(batches) and not is_stateful
-        given: Any = batches(self._drawn) if is_function else batches
-        self._iterator: Any = iter(given)
-        if is_function:
-            return
-        if is_stateful and "iterator" in place:
-            batches.set_state(_decode(place["iterator"]))
-        elif is_saved or self._iterator is not batches:
-            # From the beginning; but an iterator of this run's own is where it is.
-            next(itertools.islice(self._iterator, self._drawn, self._drawn), None)
-
-    def place(self) -> dict[str, Any]:
-        """Where to go on from: what was drawn last has been used."""
-        state = getattr(self._iterator, "get_state", None)
-        return {"drawn": self._drawn, **({"iterator": _encode(state())} if state is not None else {})}
-
-    def draw(self) -> Any:
-        """The next batch; raises StopIteration where there is none."""
-        batch = next(self._iterator)
-        self._drawn += 1
-        return batch
-
-
-def _encode(state: Any) -> Any:
-    return {"bytes": state.hex()} if isinstance(state, bytes) else state
-
-
-def _decode(state: Any) -> Any:
-    return bytes.fromhex(state["bytes"]) if isinstance(state, dict) and set(state) == {"bytes"} else state
-
-
-def _flatten(metrics: Any) -> dict[str, Any]:
-    return dict(named_leaves(metrics))
+def _told_of_end(ended: BatchesEnded, number: int, steps: int) -> str:
+    if not ended.processes:
+        return (
+            f"The batches ended after step {number}, but steps={steps}; give more, as a function batches(step) that "
+            "never ends, or fewer steps."
+        )
+    why = f" Here they failed, with {type(ended.error).__name__}: {ended.error}." if ended.error is not None else ""
+    lacking = ", ".join(map(str, ended.processes))
+    return (
+        f"Process {lacking} of {jax.process_count()} has no batch after step {number}, but "
+        f"steps={steps}: all stop.{why} Give each process as many, as jaxpar.data.load does, or fewer steps."
+    )
 
 
 @contextlib.contextmanager
@@ -317,3 +289,31 @@ def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: 
         raise FitError(f"checkpoint is a {type(checkpoint).__name__}; give jaxpar.Checkpoints(directory, every=100).")
     if nonfinite not in ("stop", "roll back"):
         raise FitError(f"nonfinite is {nonfinite!r}; give 'stop' or 'roll back'.")
+
+
+def _check_profile(profile: Any, steps: int) -> None:
+    """Raises FitError unless the steps are some of the run's, and the folder is there."""
+    if profile is None:
+        return
+    if not isinstance(profile, Profile):
+        raise FitError(f"profile is {profile!r}; give jaxpar.Profile(directory, first, last).")
+    ends = profile.first, profile.last
+    if any(isinstance(end, bool) or not isinstance(end, int | np.integer) for end in ends) or not (
+        1 <= profile.first <= profile.last <= steps
+    ):
+        raise FitError(
+            f"profile is of the steps {profile.first!r} to {profile.last!r}, but the run's are 1 to {steps}; give two "
+            "of these, the smaller first."
+        )
+    try:
+        pathlib.Path(profile.directory).mkdir(parents=True, exist_ok=True)
+    except (OSError, TypeError, ValueError) as error:
+        raise FitError(f"The profile's folder {str(profile.directory)!r} can't be made: {error}.") from error
+
+
+def _seconds_of(estimate: Any) -> float | None:
+    seconds = getattr(estimate, "seconds", estimate)
+    is_number = isinstance(seconds, int | float | np.number) and not isinstance(seconds, bool)
+    if seconds is not None and not (is_number and 0 < seconds < math.inf):
+        raise FitError(f"estimate is {estimate!r}; give a step's seconds, above 0, or what jaxpar.estimate returned.")
+    return seconds if seconds is None else float(seconds)

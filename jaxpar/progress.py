@@ -1,37 +1,99 @@
 """The line that shows on a terminal how a run goes; changes with what a user wants to watch."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
-OnStep = Callable[[int, dict[str, float]], None]
+from jaxpar.work import Work
+
+Show = Callable[[int, dict[str, float], Work | None], None]
+# The mean step time is over so many seconds, or a thousand steps.
+_PERIOD_SECONDS = 300
+# Each refresh takes a millisecond or two of a core, which on a small machine is the step's.
+_REFRESHES_A_SECOND = 2
+
+
+def is_live() -> bool:
+    """Returns whether the line shows: where errors go to a terminal. TTY_COMPATIBLE=0, rich's own, turns it off."""
+    return Console(stderr=True).is_terminal
 
 
 @contextlib.contextmanager
-def show_steps(steps: int, console: Console | None = None) -> Iterator[OnStep]:
-    """Yields what shows a step and its metrics on one live line; it shows nothing where the output is no terminal.
+def show_steps(steps: int, estimated: float | None = None, console: Console | None = None) -> Iterator[Show | None]:
+    """Yields what shows a step, its metrics and its work on one live line; None where the output is no terminal.
+
+    Args:
+      steps: how many in all.
+      estimated: a step's seconds, to stand beside what is measured.
+      console: where to; by default where errors go.
 
     >>> import io
-    >>> with show_steps(3, Console(force_terminal=True, file=io.StringIO())) as show:
-    ...     show(1, {"loss": 0.5})
+    >>> console = Console(force_terminal=True, file=io.StringIO(), width=120)
+    >>> with show_steps(3, 0.01, console) as show:
+    ...     show(1, {"loss": 0.5}, Work(512, "tokens"))
+    >>> "loss 0.5" in console.file.getvalue()
+    True
     """
     console = Console(stderr=True) if console is None else console
     if not console.is_terminal:
-        yield lambda number, metrics: None
+        yield None
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("compiling", total=steps)
-        last = time.perf_counter()
+    columns = (
+        BarColumn(12),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        _Speed(estimated),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(
+        *columns,
+        console=console,
+        speed_estimate_period=_PERIOD_SECONDS,
+        refresh_per_second=_REFRESHES_A_SECOND,
+    ) as progress:
+        task = progress.add_task("compiling", total=steps, work=None)
+        told: dict[str, float] = {}
 
-        def show(number: int, metrics: dict[str, float]) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            told = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:3])
-            progress.update(task, completed=number, description=f"{told}  {1e3 * (now - last):.0f} ms a step")
-            last = now
+        def show(number: int, metrics: dict[str, float], work: Work | None) -> None:
+            kept = {name: value for name, value in metrics.items() if name == "loss" or name.startswith("eval")}
+            told.update(kept or dict(list(metrics.items())[:1]))
+            line = "  ".join(f"{name} {value:.4g}" for name, value in list(told.items())[:3])
+            # An evaluation has no work of its own to tell.
+            work = work or progress.tasks[0].fields["work"]
+            progress.update(task, completed=number, description=line, work=work)
 
         yield show
+
+
+class _Speed(ProgressColumn):
+    """What follows from a step's mean time, and that time; rich has a column for bytes a second alone."""
+
+    def __init__(self, estimated: float | None):
+        super().__init__()
+        self._estimated = estimated
+
+    def render(self, task: Task) -> Text:
+        """Returns tokens/s, step time and MFU; nothing before there are two steps to measure between."""
+        speed, work = task.speed, task.fields["work"]
+        if not speed:
+            return Text("")
+        told = [] if work is None else [f"{work.count * speed:,.0f} {work.unit}/s"]
+        told.append(_in_ms(1 / speed) + (f" (estimated {_in_ms(self._estimated)})" if self._estimated else ""))
+        if work is not None and work.peak_seconds:
+            told.append(f"MFU {work.peak_seconds * speed:.1%}")
+        return Text("  ".join(told))
+
+
+def _in_ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

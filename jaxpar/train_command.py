@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -51,16 +52,15 @@ def train(options: argparse.Namespace) -> int:
     rows: list[train_report.Row] = []
     with train_report.open_log(options.out) as write_log:
         _announce(console, job)
-        with train_report.show_progress(console, options.steps) as show:
-            try:
-                state = _run_steps(job, [rows.append, show, write_log])
-            except jaxpar.CheckpointError as error:
-                raise UsageError(f"--checkpoint {options.checkpoint}: {error}") from error
-            except jaxpar.FitError as error:
-                last = rows[-1] if rows else {"loss": 0.0, "step": 0}
-                bad = f"The loss is {last['loss']} at step {last['step']}; try a lower --learning-rate."
-                console.print(str(error) if math.isfinite(last["loss"]) else bad)
-                return 1
+        try:
+            state = _run_steps(job, [rows.append, train_report.print_tenths(console, options.steps), write_log])
+        except jaxpar.CheckpointError as error:
+            raise UsageError(f"--checkpoint {options.checkpoint}: {error}") from error
+        except jaxpar.FitError as error:
+            last = rows[-1] if rows else {"loss": 0.0, "step": 0}
+            bad = f"The loss is {last['loss']} at step {last['step']}; try a lower --learning-rate."
+            console.print(str(error) if math.isfinite(last["loss"]) else bad)
+            return 1
     if not rows:
         console.print(f"Step {options.steps} was reached before; give more --steps to go on.")
     else:
@@ -129,6 +129,7 @@ def _prepare(options: argparse.Namespace) -> _Job:
       UsageError: they can't be, or don't fit each other.
     """
     sizes = read_sizes(options)
+    _check_profile(options)
     try:
         strategy = _make_strategy(options)
         _check_fit(options, strategy)
@@ -290,7 +291,22 @@ def _run_steps(job: _Job, tell: list[Callable[[train_report.Row], Any]]) -> jaxp
             steps=options.steps,
             checkpoint=checkpoint,
             on_step=on_step,
+            profile=_profile_of(options),
         )
+
+
+def _check_profile(options: argparse.Namespace) -> None:
+    if options.profile is None:
+        return
+    if options.out is None:
+        raise UsageError("--profile needs a folder to write to; give --out DIR.")
+    first, last = options.profile
+    if last > options.steps:
+        raise UsageError(f"--profile {first}..{last} goes beyond --steps {options.steps}; give steps of the run.")
+
+
+def _profile_of(options: argparse.Namespace) -> jaxpar.Profile | None:
+    return None if options.profile is None else jaxpar.Profile(Path(options.out) / "profile", *options.profile)
 
 
 def _score(job: _Job, state: jaxpar.TrainState) -> tuple[float, int]:

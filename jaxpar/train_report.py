@@ -1,4 +1,4 @@
-"""What `jaxpar train` shows and writes: a table, the progress line, the log and the curve."""
+"""What `jaxpar train` shows and writes: a table, lines, the log and the curve."""
 
 import contextlib
 import importlib.util
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text as Line
 
 from jaxpar.layout import Layout, format_bytes
+from jaxpar.progress import is_live
 from jaxpar.strategy import Strategy
 from jaxpar.usage import UsageError
 
@@ -44,17 +44,12 @@ def print_layout(console: Console, strategy: Strategy, layout: Layout) -> None:
     console.print(table)
 
 
-@contextlib.contextmanager
-def show_progress(console: Console, num_steps: int) -> Iterator[Callable[[Row], None]]:
-    """Yields `show(row)`: one live line on a terminal, elsewhere a line for each tenth of the steps."""
-    if not console.is_terminal:
-        marks = {math.ceil(num_steps * tenth / 10) for tenth in range(11)} | {1}
-        yield lambda row: console.print(_as_line(row)) if row["step"] in marks else None
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("compiling", total=num_steps)
-        yield lambda row: progress.update(task, completed=row["step"], description=_as_line(row))
+def print_tenths(console: Console, num_steps: int) -> Callable[[Row], None]:
+    """Returns `show(row)`, which prints a line for each tenth of the steps, but where fit's live line tells of all."""
+    if console.is_terminal and is_live():
+        return lambda row: None
+    marks = {math.ceil(num_steps * tenth / 10) for tenth in range(11)} | {1}
+    return lambda row: console.print(_as_line(row)) if row["step"] in marks else None
 
 
 @contextlib.contextmanager

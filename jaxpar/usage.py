@@ -3,6 +3,7 @@
 import argparse
 import functools
 import math
+import re
 from collections.abc import Callable
 
 # Of the demo's model, where its options are not given.
@@ -45,6 +46,19 @@ def positive_number(text: str) -> float:
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is given; a finite number above 0 is needed")
     return number
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """Returns the first and the last step of a text as `10..20`: an argparse type.
+
+    >>> step_range("10..20")
+    (10, 20)
+    """
+    match = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", text, re.ASCII)
+    first, last = (int(number) for number in match.groups()) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise argparse.ArgumentTypeError(f"{text!r} is given; the first and the last step, as 10..20, are needed")
+    return first, last
 
 
 def _read_whole(low: int, high: int | None, text: str) -> int:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -31,6 +32,19 @@ def test_overhead_compares_every_case(tmp_path):
     assert len(figures) == 7
     assert all(0 < row["ratio"] < 100 for row in figures.values())
     assert json.loads((tmp_path / "figures.json").read_text())["figures"].keys() == figures.keys()
+
+
+@pytest.mark.slow
+def test_fit_is_compared_with_its_loop(tmp_path):
+    # A process of its own: one device, and an option of XLA's that is read once.
+    command = [sys.executable, str(FOLDER / "fit_overhead.py"), "--quick", "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode in (0, 1), done.stderr
+    assert "Traceback" not in done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert figures.keys() == {"passed", "computed"}
+    assert done.returncode == any(row["ratio"] > 1.01 for row in figures.values())
+    assert all(0 < row["sure"][0] <= row["ratio"] <= row["sure"][1] < 1000 for row in figures.values())
 
 
 @pytest.mark.slow

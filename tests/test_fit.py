@@ -1,14 +1,17 @@
 """`fit`: what it runs, tells, saves and resumes; a run that is killed goes on as if it had not been."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +20,14 @@ import optax
 import pytest
 from flax import nnx
 from models import sub_mesh
+from rich.console import Console
 
 import jaxpar
+from jaxpar import Profile
 from jaxpar.checkpoint import CheckpointWarning
 from jaxpar.fit import FitError
+from jaxpar.progress import show_steps
+from jaxpar.work import Meter, Work, peak_flops
 
 PROGRAM = pathlib.Path(__file__).parent / "fit_program.py"
 
@@ -214,6 +221,17 @@ def test_batches_that_end_too_early_are_named_and_the_state_is_saved(step, tmp_p
         ({"eval_step": loss_fn}, "eval_step is <function .*; give a pair"),
         ({"checkpoint": "folder"}, "checkpoint is a str; give jaxpar.Checkpoints"),
         ({"nonfinite": "skip"}, "nonfinite is 'skip'; give 'stop' or 'roll back'"),
+        ({"profile": ("run", 1, 1)}, r"profile is \('run', 1, 1\); give jaxpar.Profile\(directory, first, last\)"),
+        (
+            {"profile": Profile("run", 3, 2)},
+            "profile is of the steps 3 to 2, but the run's are 1 to 1; give two of these",
+        ),
+        ({"profile": Profile("run", 1, 2)}, "profile is of the steps 1 to 2, but the run's are 1 to 1"),
+        ({"profile": Profile("run", 0, 1)}, "profile is of the steps 0 to 1, but"),
+        ({"profile": Profile("run", True, 1)}, "profile is of the steps True to 1, but"),
+        ({"profile": Profile(f"{__file__}/run", 1, 1)}, "The profile's folder .* can't be made: .*Not a directory"),
+        ({"estimate": 0.0}, r"estimate is 0\.0; give a step's seconds, above 0, or what jaxpar.estimate returned"),
+        ({"estimate": "1 ms"}, "estimate is '1 ms'; give a step's seconds"),
     ],
 )
 def test_bad_arguments_are_named(step, changes, message):
@@ -268,6 +286,107 @@ def test_a_state_beyond_its_folder_is_not_thrown_away(step, tmp_path):
         state = by_hand(step, 4)[0]
         with pytest.raises(FitError, match=r"The state is at step 4, but .* ends at 2: it would be lost"):
             jaxpar.fit(step, state, batches, steps=9, checkpoint=checkpoints)
+
+
+# ---- what is seen of a run
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "150")
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_a_live_line_tells_step_loss_speed_and_what_was_estimated(step, terminal, capsys):
+    told = []
+    tell = lambda number, metrics: told.append(metrics["loss"])
+    jaxpar.fit(step, start(step), batches, steps=7, on_step=tell, estimate=0.5)
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = plain(err).rstrip().splitlines()[-1]
+    assert re.search(rf"7/7 loss {told[-1]:.4g}\s+[\d,]+ rows/s  [\d.]+ m?s \(estimated 500 ms\) \d:\d\d:\d\d", last), (
+        last
+    )
+    assert len(told) == 7
+
+
+def test_what_an_evaluation_gave_stays_on_the_line(step, terminal, capsys):
+    eval_step = jaxpar.make_eval_step(loss_fn, step.strategy)
+    jaxpar.fit(step, start(step), batches, steps=3, eval_step=(eval_step, [draw(100)]))
+    assert re.search(r"3/3 loss [\d.]+  eval/0 [\d.]+ ", plain(capsys.readouterr().err))
+
+
+def test_where_errors_go_to_no_terminal_there_is_no_line(step, capsys):
+    jaxpar.fit(step, start(step), batches, steps=2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_chip_that_is_known_has_its_mfu_on_the_line():
+    console = Console(force_terminal=True, file=io.StringIO(), width=150)
+    with show_steps(9, None, console) as show:
+        for number in range(1, 4):
+            show(number, {"loss": 2.0}, Work(512, "tokens", 1e-3))
+            time.sleep(0.02)
+    speed, ms, mfu = re.search(
+        r"([\d,]+) tokens/s  ([\d.]+) ms  MFU ([\d.]+)%", plain(console.file.getvalue())
+    ).groups()
+    assert float(speed.replace(",", "")) == pytest.approx(512e3 / float(ms), rel=0.02)
+    assert float(mfu) == pytest.approx(100 / float(ms), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "peak"), [(["cpu"], None), (["TPU v5 lite"] * 2, 394e12), (["TPU v6 lite"], 918e12), (["TPU v9"], None)]
+)
+def test_the_peak_is_that_of_all_chips_if_they_are_known(kinds, peak):
+    assert peak_flops([types.SimpleNamespace(device_kind=kind) for kind in kinds]) == peak
+
+
+def test_a_steps_work_is_counted_over_all_devices_under_every_strategy(monkeypatch):
+    monkeypatch.setattr("jaxpar.work.peak_flops", lambda devices: 1e6)
+    loss = lambda model, batch, rng: ((model(batch["x"].astype(jnp.float32)) ** 2).mean(-1), {})
+    batch = {"x": np.ones((8, 4), "i4")}
+    found = set()
+    for strategy in (jaxpar.sharded(sub_mesh(data=4)), jaxpar.data_parallel(jax.devices()[:4])):
+        step = jaxpar.make_train_step(loss, strategy)
+        found.add(Meter(step).measure(start(step), strategy.shard_batch(batch)))
+    # Forward, and the gradient of the weights: 2 x 2 x 8 x 4 x 4 operations, at a million a second.
+    assert found == {Work(32, "tokens", 512e-6)}
+
+
+def traced(folder):
+    """The steps that a trace holds."""
+    [path] = folder.rglob("*.xplane.pb")
+    events = (
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+        for line in plane.lines
+        for event in line.events
+    )
+    return sorted(dict(event.stats)["step_num"] for event in events if event.name == "train")
+
+
+def test_a_profile_holds_just_the_steps_that_are_asked_for(step, tmp_path):
+    jaxpar.fit(step, start(step), batches, steps=8, profile=Profile(tmp_path / "new", 4, 6))
+    assert traced(tmp_path / "new") == [4, 5, 6]
+
+
+def test_a_run_that_goes_on_traces_what_is_left(step, tmp_path):
+    state = jaxpar.fit(step, start(step), batches, steps=3)
+    state = jaxpar.fit(step, state, batches, steps=5, profile=Profile(tmp_path / "left", 2, 4))
+    assert traced(tmp_path / "left") == [4]
+    jaxpar.fit(step, state, batches, steps=7, profile=Profile(tmp_path / "none", 2, 4))
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_a_profile_is_written_when_its_run_ends_early(step, tmp_path):
+    with pytest.raises(FitError, match="The batches ended after step 3"):
+        jaxpar.fit(step, start(step), [draw(n) for n in range(3)], steps=9, profile=Profile(tmp_path, 2, 8))
+    assert traced(tmp_path) == [2, 3]
 
 
 # ---- runs that are killed

@@ -175,6 +175,30 @@ def test_several_that_are_asked_to_end_save_the_same_step_and_go_on(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [
+        (
+            "ends",
+            "FitError: Process 1 of 2 has no batch after step 7, but steps=30: all stop. Give each process as many",
+        ),
+        ("fails", "has no batch after step 7, .* Here they failed, with OSError: the disk is gone. Give each"),
+    ],
+)
+def test_batches_that_end_in_one_process_are_named_in_all_and_the_state_is_saved(tmp_path, when, message):
+    with launched(2, tmp_path, 30, "fsdp=4", 0.0, when) as process:
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 1, out[-1000:] + err[-2000:]
+    named = re.findall(r"^\[(\d)\] .*Process 1 of 2 has no batch", out, re.MULTILINE)
+    assert sorted(set(named)) == ["0", "1"], out[-3000:]
+    assert re.search(message, out)
+    assert [number for number, _ in log_of(tmp_path)] == list(range(1, 8))
+    # The next run goes on with what was saved.
+    finish(1, tmp_path, 9, "fsdp=4")
+    assert [number for number, _ in log_of(tmp_path)] == list(range(1, 10))
+
+
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_nothing_behind(tmp_path):
     with launched(2, tmp_path, 10**6, "fsdp=4", 0.1) as process:
         wait_for(process, "[0] 3")

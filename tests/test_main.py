@@ -101,6 +101,16 @@ BAD_ARGUMENTS = {
     "heads": (["train", "--heads", "7"], "--d-model 128 does not divide into --heads 7 of even size"),
     "odd heads": (["train", "--d-model", "24"], "give a multiple of 16."),
     "key/value heads": (["train", "--kv-heads", "3"], "--heads 8 does not divide by --kv-heads 3"),
+    "steps backwards": (["train", "--profile", "3..2"], "'3..2' is given; the first and the last step, as 10..20, are"),
+    "no range": (
+        ["train", "--profile", "3"],
+        "argument --profile: '3' is given; the first and the last step, as 10..20",
+    ),
+    "profile into nothing": (["train", "--profile", "2..3"], "--profile needs a folder to write to; give --out DIR"),
+    "profile too late": (
+        ["train", "--profile", "2..9", "--steps", "8", "--out", "run"],
+        "--profile 2..9 goes beyond --steps 8; give steps of the run",
+    ),
     "no step": (["train", "--steps", "0"], "argument --steps: '0' is given; a whole number, 1 or more, is needed"),
     "negative steps": (["train", "--steps", "-3"], "'-3' is given"),
     "steps in words": (["train", "--steps", "many"], "'many' is given"),
@@ -250,14 +260,24 @@ def test_without_matplotlib_the_log_is_written_and_a_line_says_what_is_missing(h
     assert not (here / "run/loss.png").exists()
 
 
-def test_on_a_terminal_there_is_one_live_line(here, capsys, monkeypatch, untrained):
+def test_on_a_terminal_there_is_one_live_line_and_a_profile_if_asked_for(here, capsys, monkeypatch):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "150")
+    assert main([*SMALL, "--text", "long", "--out", "run", "--profile", "2..3"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("\x1b[2K") > 0
+    assert "3/3" in err
+    assert "tokens/s" in err
+    assert "step 1  loss" not in out
+    assert len(list((here / "run/profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_elsewhere_there_is_a_line_for_each_tenth(here, capsys, untrained):
     assert main(["train", "--text", "long", "--steps", "2"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("\x1b[2K") > 0
-    assert "2/2" in out
-    assert "loss 0.5000  8 tokens/s" in out
+    out, err = capsys.readouterr()
+    assert "step 1  loss 1.0000  8 tokens/s\nstep 2  loss 0.5000  8 tokens/s\n" in out
+    assert err == ""
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_code_1(here, capsys, monkeypatch):

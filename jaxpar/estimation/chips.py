@@ -57,6 +57,16 @@ def read_figures() -> dict[str, dict[str, Figure]]:
     }
 
 
+def chip_of(device_kind: str) -> str | None:
+    """Returns the chip that JAX calls so; None if it isn't listed.
+
+    >>> chip_of("TPU v5 lite"), chip_of("cpu")
+    ('v5e', None)
+    """
+    figures = read_figures().items()
+    return next((chip for chip, row in figures if "kinds" in row and device_kind in row["kinds"].value), None)
+
+
 def rates_of(chip: str, case: str = "expected") -> Rates:
     """Returns what a chip reaches in a case: `most`, `expected` or `least` of what its kind is known to.
 

@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,6 +17,7 @@ from jaxpar.inspection.report import step_of
 from jaxpar.layout import format_bytes
 from jaxpar.tables import Table, align, show, to_html
 from jaxpar.targets import Target, target_of
+from jaxpar.tokens import count_tokens
 
 _LINKS = {"ICI": "the links between chips (ICI)", "DCN": "the network between slices (DCN)", PACE: "the slowest slice"}
 
@@ -256,7 +255,7 @@ def estimate(
 
     >>> import jaxpar
     >>> step = jaxpar.sharded(jaxpar.make_mesh(data=8)).compile(lambda state, batch: (state, batch))
-    >>> estimate(step, jnp.ones(8), {"x": jnp.ones(8)})
+    >>> estimate(step, np.ones(8), {"x": np.ones(8)})
     Traceback (most recent call last):
     jaxpar.estimation.report.EstimationError: The mesh {'data': 8} is of devices that are here, whose time can be \
 measured; give a target, as make_mesh(data=8, target='v5e-8').
@@ -271,7 +270,7 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
         )
     if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int | np.integer) or tokens < 1):
         raise EstimationError(f"tokens is {tokens!r}; give a whole number, 1 or more.")
-    count, unit = _count_tokens(batch) if tokens is None else (tokens, "tokens")
+    count, unit = count_tokens(batch) if tokens is None else (tokens, "tokens")
     _positive("seconds", seconds)
     listed = read_figures()[target.chip]["dollars_an_hour"]
     given = None if dollars_an_hour is None else _positive("dollars_an_hour", dollars_an_hour)
@@ -310,14 +309,6 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
         windows=expected.windows,
         unknown_kernels=expected.unknown_kernels,
     )
-
-
-def _count_tokens(batch: Any) -> tuple[int, str]:
-    shapes = [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(batch)]
-    whole = [shape for shape, dtype in shapes if len(shape) == 2 and jnp.issubdtype(dtype, jnp.integer)]
-    if whole:
-        return max(math.prod(shape) for shape in whole), "tokens"
-    return max((shape[0] for shape, _ in shapes if shape), default=1), "rows"
 
 
 def _positive(name: str, number: Any) -> float:

@@ -1,0 +1,120 @@
+"""Where a run's batches come from, and how far they have been drawn; changes with what may be iterated over."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxpar.agreement import Agreement
+
+
+class BatchesEnded(Exception):
+    """There is no next batch.
+
+    Attributes:
+      processes: those whose batches have ended, or failed; empty where there is one process alone.
+      error: why this process's failed; None if they only ended.
+    """
+
+    def __init__(self, processes: tuple[int, ...] = (), error: Exception | None = None):
+        super().__init__(processes, error)
+        self.processes, self.error = processes, error
+
+
+class Source:
+    """Batches, drawn one by one; in many processes they end in all as soon as they end in one.
+
+    >>> source = Source(lambda first: itertools.count(first), None, 3)
+    >>> source.draw(), source.draw(), source.place()
+    (3, 4, {'drawn': 5})
+    """
+
+    def __init__(self, batches: Any, place: Any, number: int, mesh: Any = None):
+        is_saved = isinstance(place, dict)
+        place = place if is_saved else {}
+        self._drawn: int = place.get("drawn", number)
+        is_stateful = hasattr(batches, "get_state") and hasattr(batches, "set_state")
+        is_function = callable(batches) and not is_stateful
+        given: Any = batches(self._drawn) if is_function else batches
+        iterator: Any = iter(given)
+        if not is_function:
+            if is_stateful and "iterator" in place:
+                batches.set_state(_decode(place["iterator"]))
+            elif is_saved or iterator is not batches:
+                # From the beginning; but an iterator of this run's own is where it is.
+                next(itertools.islice(iterator, self._drawn, self._drawn), None)
+        self._get_state: Callable[[], Any] | None = getattr(iterator, "get_state", None)
+        self._iterator: Any = iterator if jax.process_count() == 1 else _Together(iterator, Agreement(mesh))
+        self._state = self._encoded()
+
+    def place(self) -> dict[str, Any]:
+        """Where to go on from: what was drawn last has been used."""
+        return {"drawn": self._drawn, **self._state}
+
+    def draw(self, more: bool = False) -> Any:
+        """Returns the next batch.
+
+        Args:
+          more: whether another will be asked for; of many processes each then looks now whether it has it.
+
+        Raises:
+          BatchesEnded: there is none, in this process or in another.
+        """
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            raise BatchesEnded from None
+        self._drawn += 1
+        self._state = self._encoded()
+        if more and isinstance(self._iterator, _Together):
+            self._iterator.look()
+        return batch
+
+    def _encoded(self) -> dict[str, Any]:
+        return {} if self._get_state is None else {"iterator": _encode(self._get_state())}
+
+
+class _Together:
+    """The batches of one of many processes.
+
+    One that waits for a batch would keep the others waiting in their step, so each looks a batch ahead, and tells the
+    others while the devices are at work.
+    """
+
+    def __init__(self, iterator: Iterator[Any], agreement: Agreement):
+        self._iterator, self._agreement = iterator, agreement
+        self._asked: Any = None
+        self._batch: Any = None
+        self._error: Exception | None = None
+
+    def __iter__(self) -> "_Together":
+        return self
+
+    def look(self) -> None:
+        """Draws the next batch, and tells all others whether there is one."""
+        has = False
+        try:
+            self._batch = next(self._iterator)
+            has = True
+        except StopIteration:
+            self._batch = None
+        except Exception as error:  # raised once the others know
+            self._error = error
+        self._asked = self._agreement.ask(has)
+
+    def __next__(self) -> Any:
+        if self._asked is None:
+            self.look()
+        lacking, self._asked = self._agreement.lacking(self._asked), None
+        if lacking:
+            raise BatchesEnded(lacking, self._error)
+        return self._batch
+
+
+def _encode(state: Any) -> Any:
+    return {"bytes": state.hex()} if isinstance(state, bytes) else state
+
+
+def _decode(state: Any) -> Any:
+    return bytes.fromhex(state["bytes"]) if isinstance(state, dict) and set(state) == {"bytes"} else state
