@@ -1244,7 +1244,7 @@ MUTATIONS += [
     ),
     Mutation(
         "devices of a slice counted as those of the mesh",
-        "inspection/collectives.py",
+        "inspection/groups.py",
         "return first[groups] if is_own else groups",
         "return groups",
         ESTIMATION + "of_several_slices_a_program_counts_its_own_devices",

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from models import DEVICES, STRATEGIES, make_batches, make_task, sub_mesh
 
 import jaxpar
-from jaxpar.inspection.collectives import axes_of_groups, describe_source, find_collectives, read_groups
+from jaxpar.inspection.collectives import describe_source, find_collectives
 from jaxpar.inspection.flops import count_products
+from jaxpar.inspection.groups import axes_of_groups, read_groups
 from jaxpar.inspection.hlo import Frame, read_program
 from jaxpar.testing import assert_collectives
 from jaxpar.train_command import loss_fn
@@ -41,6 +42,9 @@ GROUPS = {
     "a transposed range": "replica_groups=[4,2]<=[2,4]T(1,0)",
     "names of axes": "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}",
     "parts of axes": "replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}",
+    "names of axes, devices in an order of their own": "replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], "
+    "device_ids=([2,4]T(1,0)) {'axis_2'}",
+    "... in a listed one": "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=(0,4,1,5,2,6,3,7) {'axis_1'}",
 }
 
 
@@ -74,6 +78,14 @@ def test_a_ragged_exchange_sends_the_smaller_of_what_it_takes_and_gives():
     lines += [f"  ROOT %r = f32[64]{{0}} ragged-all-to-all(%x, %out, {numbers}), replica_groups=[1,8]<=[8]"]
     (one,) = collectives_of("\n".join(lines))
     assert (one.kind, one.bytes) == ("ragged-all-to-all", 28)
+
+
+def test_groups_in_a_spelling_that_is_unknown_are_an_error_and_not_all_devices():
+    message = (
+        r"XLA writes which devices take part together as 'replica_groups=<8x2>.*'; read are lists, ranges and names"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_groups("replica_groups=<8x2>, to_apply=%add", 16)
 
 
 def test_no_groups_are_all_devices():
