@@ -80,7 +80,7 @@ def sort_traffic(collectives: Iterable[Collective], rows: Iterable[LayoutRow], m
     """Returns the traffic of a step by axes and purpose, each beside its bound.
 
     A collective belongs to a leaf if what it moves has the leaf's dims, whole or as the mesh splits them, with or
-    without the leading dim of a stack of layers.
+    without the leading dim of a stack of layers; or as many elements, where XLA has laid it flat.
     """
     params = [row for row in rows if row.path.startswith("params/") and math.prod(row.shape) > 1]
     found: dict[tuple[tuple[str, ...], str], list[Collective]] = {}
@@ -118,7 +118,11 @@ def _leaf_of(one: Collective, params: list[LayoutRow], mesh: Mesh) -> LayoutRow 
     if not one.axes or not set(one.axes) <= set(BATCH_AXES) - set(_STAYS) | islands:
         return None
     dims = _key(one.array.dims)
-    return next((row for row in params if dims in _keys(row, mesh, one.axes)), None)
+    found = next((row for row in params if dims in _keys(row, mesh, one.axes)), None)
+    if found is None and len(dims) == 1:
+        sizes = lambda row: map(math.prod, _keys(row, mesh, one.axes))
+        found = next((row for row in params if dims[0] in sizes(row)), None)
+    return found
 
 
 def _keys(row: LayoutRow, mesh: Mesh, axes: tuple[str, ...]) -> set[tuple[int, ...]]:

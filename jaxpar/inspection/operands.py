@@ -26,8 +26,9 @@ def operands_of(program: Program, computation: Computation, one: Instruction) ->
     """
     given = [each for name in one.operands if (each := computation.instructions.get(name)) is not None]
     if one.opcode.startswith("ragged"):
-        first = [Operand(array, each) for each in (*given[:1], one) for array in each.arrays[:1]]
-        return sorted(first, key=lambda operand: operand.array.bytes)[:1]
+        # Its second operand is where its output goes: a start's own arrays begin with what it is given.
+        ends = [Operand(array, each) for each in given[:2] for array in each.arrays[:1]]
+        return sorted(ends, key=lambda operand: operand.array.bytes)[:1]
     found = []
     for each in given:
         pieces = list(_pieces(program, computation, each)) or [Operand(array, each) for array in each.arrays]
