@@ -330,6 +330,7 @@ def test_a_compile_that_takes_too_much_memory_is_ended(monkeypatch, tmp_path):
     ("axis", "parts", "ratio"),
     [
         ("context", {"attend": functools.partial(jaxpar.ring_attention, is_causal=True)}, 1.01),
+        ("context", {"attend": functools.partial(jaxpar.ulysses_attention, is_causal=True)}, 1.01),
         ("expert", {"make_mlp": functools.partial(jaxpar.MoE, num_experts=8, top_k=2)}, 1.01),
         # The output of the last stage goes to all of them.
         ("stage", {"stage_microbatches": 8}, 1.5),
