@@ -1,5 +1,6 @@
 """`inspect`: the reader on each trap of XLA's text, and live steps against closed forms."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from models import DEVICES, STRATEGIES, make_batches, make_task, sub_mesh
 
 import jaxpar
+from jaxpar.inspection.bounds import Terms, sort_traffic
 from jaxpar.inspection.collectives import describe_source, find_collectives
 from jaxpar.inspection.flops import count_products
 from jaxpar.inspection.groups import axes_of_groups, read_groups
@@ -366,6 +368,49 @@ def test_a_report_prints_and_is_plain_data():
     for text in (str(report), report._repr_html_()):
         for part in ("optimizer state", "all-reduce", "models.py", "weights and gradients", "flops"):
             assert part in text
+
+
+# A leaf of 16 by 8, of which each of 4 devices has 4 rows: on v5p its gather is a sum of parts in zeros. The sum of its
+# gradient, of which a slice takes a device's part alone, is written whole.
+IN_ZEROS = """  %part = f32[4,8]{1,0} parameter(0)
+  %row = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %nought = f32[] constant(0)
+  %zeros = f32[16,8]{1,0} broadcast(%nought), dimensions={}
+  %placed = f32[16,8]{1,0} dynamic-update-slice(%zeros, %part, %row, %zero)
+  ROOT %whole = f32[16,8]{1,0} all-reduce(%placed), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add"""
+THEN_SLICED = """  %grad = f32[16,8]{1,0} parameter(0)
+  %row = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %sum = f32[16,8]{1,0} all-reduce(%grad), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %own = f32[4,8]{1,0} dynamic-slice(%sum, %row, %zero), dynamic_slice_sizes={4,8}"""
+
+
+def traffic_of_text(body):
+    mesh = sub_mesh(fsdp=4)
+    strategy = jaxpar.sharded(mesh, [("kernel$", P("fsdp")), (".*", P())])
+    make_layer = lambda rng: nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(rng))
+    rows = strategy.layout(lambda rng: jaxpar.TrainState.create(make_layer(rng), optax.sgd(1.0))).rows
+    (row,) = sort_traffic(find_collectives(program_of(body), mesh), rows, mesh, Terms()).traffic
+    return row
+
+
+def test_a_gather_written_as_a_sum_is_told_with_both_its_counts():
+    row = traffic_of_text(IN_ZEROS)
+    assert (row.bytes, row.if_gathered, row.logical_bytes) == (2 * 3 * 128, 3 * 128, 3 * 128)
+    report = dataclasses.replace(inspect_task(STRATEGIES["fsdp"](4)), traffic=(row,))
+    message = (
+        "over fsdp as sums of parts in zeros, which send twice as much. As written a device sends 768 B of weights"
+    )
+    for text in (str(report), report._repr_html_()):
+        assert message in " ".join(text.split())
+        assert "in a step; 384 B if the chip gathers" in " ".join(text.split())
+    assert report.to_dict()["traffic"][0]["if_gathered"] == 384
+
+
+def test_a_sum_of_which_a_slice_takes_a_part_counts_as_written_and_as_it_could_be():
+    row = traffic_of_text(THEN_SLICED)
+    assert (row.bytes, row.if_gathered, row.logical_bytes) == (2 * 3 * 128, 2 * 3 * 128, 3 * 128)
 
 
 def test_what_is_no_step_is_an_error():

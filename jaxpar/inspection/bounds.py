@@ -32,6 +32,7 @@ class Traffic(NamedTuple):
       logical_bytes: as a program would that gathers in the dtype it computes in, and keeps of a sum its own part alone:
         XLA on CPU does neither.
       bound: the fewest that the layout allows; None where nothing declares it.
+      if_gathered: the same as `bytes`, if what XLA writes as a sum of parts in zeros runs as the gather that it is.
     """
 
     axes: tuple[str, ...]
@@ -39,6 +40,7 @@ class Traffic(NamedTuple):
     bytes: int
     logical_bytes: int
     bound: int | None
+    if_gathered: int
 
 
 class Terms(NamedTuple):
@@ -98,7 +100,7 @@ def sort_traffic(collectives: Iterable[Collective], rows: Iterable[LayoutRow], m
             bound = terms.partial_sums.get(axes[0])
         if purpose == "activations" and set(axes) <= set(BATCH_AXES) - set(_STAYS):
             unexplained += ones
-        traffic.append(Traffic(axes, purpose, sent, logical, bound))
+        traffic.append(Traffic(axes, purpose, sent, logical, bound, sum(one.bytes_if_gathered for one in ones)))
     return Purposes(
         tuple(sorted(traffic, key=lambda one: -one.bytes)),
         tuple(sorted(unexplained, key=lambda one: -one.bytes_a_step)),
