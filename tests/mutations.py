@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONTRACTS, COMPILED = "tests/test_contracts.py::test_", "tests/test_compiled.py::test_"
 RANDOMNESS, EQUIVALENCE = "tests/test_randomness.py::test_", "tests/test_equivalence.py::test_"
 INSPECTION = "tests/test_inspection.py::test_"
+GPU = "tests/test_gpu_programs.py::test_"
 CELL = EQUIVALENCE + "every_strategy_trains_like_one_device"
 OWN_CELL = EQUIVALENCE + "shards_and_microbatches_together_train_like_one_device"
 PADDING = CONTRACTS + "padding_counts_for_nothing"
@@ -128,6 +129,48 @@ MUTATIONS = [
         '"all-reduce": 2 * (size - 1) / size,',
         '"all-reduce": (size - 1) / size,',
         INSPECTION + "data_parallel_sends_its_gradients_once_to_the_byte[data-1]",
+    ),
+    Mutation(
+        "on GPU every start taken for asynchronous",
+        "inspection/collectives.py",
+        """one.opcode.endswith("-start") and '"is_sync":true' not in one.text""",
+        'one.opcode.endswith("-start")',
+        GPU + "what_its_own_end_follows_at_once_is_not_asynchronous",
+    ),
+    Mutation(
+        "on GPU gradients laid flat taken for one array",
+        "inspection/operands.py",
+        "pieces = list(_pieces(program, computation, each)) or [",
+        "pieces = [",
+        GPU + "gradients_laid_flat_behind_one_another_count_each_by_itself",
+    ),
+    Mutation(
+        "on GPU an end counted as what it ends",
+        "inspection/hlo.py",
+        'instruction.opcode.endswith(("-update", "-done"))',
+        "False",
+        GPU + "a_wrapped_collective_that_all_its_stages_name_counts_once",
+    ),
+    Mutation(
+        "on GPU the order of a mesh's devices forgotten",
+        "inspection/groups.py",
+        "_read_order(match[2])[groups] if match[2] else groups",
+        "groups",
+        GPU + "of_a_ragged_exchange_that_starts_and_ends_apart_the_smaller_end_counts",
+    ),
+    Mutation(
+        "what Ulysses exchanges not declared",
+        "inspection/declared.py",
+        "if not before or not after or before == after:",
+        "if True:",
+        INSPECTION + "what_an_island_sends_is_its_own_bound",
+    ),
+    Mutation(
+        "a gather in zeros counted as a sum alone",
+        "inspection/collectives.py",
+        "self.bytes_a_step // 2 if self.lies_in_zeros else self.bytes_a_step",
+        "self.bytes_a_step",
+        INSPECTION + "a_gather_written_as_a_sum_is_told_with_both_its_counts",
     ),
     Mutation(
         "a loop's step taken for one",
@@ -1244,7 +1287,7 @@ MUTATIONS += [
     ),
     Mutation(
         "devices of a slice counted as those of the mesh",
-        "inspection/collectives.py",
+        "inspection/groups.py",
         "return first[groups] if is_own else groups",
         "return groups",
         ESTIMATION + "of_several_slices_a_program_counts_its_own_devices",

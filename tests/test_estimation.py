@@ -9,8 +9,9 @@ import jaxpar
 from jaxpar.estimation.chips import CASES, Rates, rates_of, read_figures
 from jaxpar.estimation.costs import Product, read_convolution, read_dot, work_of
 from jaxpar.estimation.links import Torus, time_collective, time_network
-from jaxpar.estimation.timeline import Machine, Wait, walk
-from jaxpar.inspection.collectives import axes_touched, find_collectives, groups_of, read_transfer
+from jaxpar.estimation.timeline import Machine, Wait, as_gathered, as_written, walk
+from jaxpar.inspection.collectives import find_collectives, read_transfer
+from jaxpar.inspection.groups import axes_touched, groups_of
 from jaxpar.inspection.hlo import Array, read_program
 from jaxpar.targets import CHIPS
 
@@ -481,11 +482,13 @@ IN_ZEROS = (
 
 
 def test_a_gather_written_as_a_sum_has_two_readings():
-    as_written, as_meant = (spend(ADD + entry(*IN_ZEROS), gathers=gathers).waits[ALL] for gathers in (False, True))
-    assert as_written == pytest.approx(2 * MB * 7 / 8 / 1e8)
-    assert as_meant == pytest.approx(as_written / 2)
+    written, gathered = (
+        spend(ADD + entry(*IN_ZEROS), of_parts=of_parts).waits[ALL] for of_parts in (as_written, as_gathered)
+    )
+    assert written == pytest.approx(2 * MB * 7 / 8 / 1e8)
+    assert gathered == pytest.approx(written / 2)
     plain = entry(f"ROOT %r = f32[262144]{{0}} all-reduce(%x), {GROUPS}, to_apply=%add")
-    assert spend(ADD + plain, gathers=True).waits[ALL] == pytest.approx(as_written)
+    assert spend(ADD + plain, of_parts=as_gathered).waits[ALL] == pytest.approx(written)
 
 
 def test_a_kernel_takes_the_operations_that_its_jaxpr_holds():
@@ -595,7 +598,7 @@ BETWEEN = (
 
 def test_what_hosts_exchange_between_slices_is_one_collective_on_the_network(monkeypatch):
     mesh = jaxpar.make_mesh(data=2, fsdp=4, slices=2, slice_of=lambda device: device.id // 4)
-    monkeypatch.setattr("jaxpar.inspection.collectives._slice_index", lambda device, slice_of: device.id // 4)
+    monkeypatch.setattr("jaxpar.inspection.groups._slice_index", lambda device, slice_of: device.id // 4)
     program = read_program("HloModule m\n\n" + entry(*BETWEEN))
     (one,) = find_collectives(program, mesh)
     assert (one.kind, one.axes, one.bytes, one.crosses_slices) == ("all-reduce", ("data",), MB, True)

@@ -1,5 +1,6 @@
 """`inspect`: the reader on each trap of XLA's text, and live steps against closed forms."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -15,8 +16,10 @@ from jax.sharding import PartitionSpec as P
 from models import DEVICES, STRATEGIES, make_batches, make_task, sub_mesh
 
 import jaxpar
-from jaxpar.inspection.collectives import axes_of_groups, describe_source, find_collectives, read_groups
+from jaxpar.inspection.bounds import Terms, sort_traffic
+from jaxpar.inspection.collectives import describe_source, find_collectives
 from jaxpar.inspection.flops import count_products
+from jaxpar.inspection.groups import axes_of_groups, read_groups
 from jaxpar.inspection.hlo import Frame, read_program
 from jaxpar.testing import assert_collectives
 from jaxpar.train_command import loss_fn
@@ -41,6 +44,9 @@ GROUPS = {
     "a transposed range": "replica_groups=[4,2]<=[2,4]T(1,0)",
     "names of axes": "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}",
     "parts of axes": "replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}",
+    "names of axes, devices in an order of their own": "replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], "
+    "device_ids=([2,4]T(1,0)) {'axis_2'}",
+    "... in a listed one": "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=(0,4,1,5,2,6,3,7) {'axis_1'}",
 }
 
 
@@ -74,6 +80,14 @@ def test_a_ragged_exchange_sends_the_smaller_of_what_it_takes_and_gives():
     lines += [f"  ROOT %r = f32[64]{{0}} ragged-all-to-all(%x, %out, {numbers}), replica_groups=[1,8]<=[8]"]
     (one,) = collectives_of("\n".join(lines))
     assert (one.kind, one.bytes) == ("ragged-all-to-all", 28)
+
+
+def test_groups_in_a_spelling_that_is_unknown_are_an_error_and_not_all_devices():
+    message = (
+        r"XLA writes which devices take part together as 'replica_groups=<8x2>.*'; read are lists, ranges and names"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_groups("replica_groups=<8x2>, to_apply=%add", 16)
 
 
 def test_no_groups_are_all_devices():
@@ -356,6 +370,49 @@ def test_a_report_prints_and_is_plain_data():
             assert part in text
 
 
+# A leaf of 16 by 8, of which each of 4 devices has 4 rows: on v5p its gather is a sum of parts in zeros. The sum of its
+# gradient, of which a slice takes a device's part alone, is written whole.
+IN_ZEROS = """  %part = f32[4,8]{1,0} parameter(0)
+  %row = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %nought = f32[] constant(0)
+  %zeros = f32[16,8]{1,0} broadcast(%nought), dimensions={}
+  %placed = f32[16,8]{1,0} dynamic-update-slice(%zeros, %part, %row, %zero)
+  ROOT %whole = f32[16,8]{1,0} all-reduce(%placed), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add"""
+THEN_SLICED = """  %grad = f32[16,8]{1,0} parameter(0)
+  %row = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %sum = f32[16,8]{1,0} all-reduce(%grad), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %own = f32[4,8]{1,0} dynamic-slice(%sum, %row, %zero), dynamic_slice_sizes={4,8}"""
+
+
+def traffic_of_text(body):
+    mesh = sub_mesh(fsdp=4)
+    strategy = jaxpar.sharded(mesh, [("kernel$", P("fsdp")), (".*", P())])
+    make_layer = lambda rng: nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(rng))
+    rows = strategy.layout(lambda rng: jaxpar.TrainState.create(make_layer(rng), optax.sgd(1.0))).rows
+    (row,) = sort_traffic(find_collectives(program_of(body), mesh), rows, mesh, Terms()).traffic
+    return row
+
+
+def test_a_gather_written_as_a_sum_is_told_with_both_its_counts():
+    row = traffic_of_text(IN_ZEROS)
+    assert (row.bytes, row.if_gathered, row.logical_bytes) == (2 * 3 * 128, 3 * 128, 3 * 128)
+    report = dataclasses.replace(inspect_task(STRATEGIES["fsdp"](4)), traffic=(row,))
+    message = (
+        "over fsdp as sums of parts in zeros, which send twice as much. As written a device sends 768 B of weights"
+    )
+    for text in (str(report), report._repr_html_()):
+        assert message in " ".join(text.split())
+        assert "in a step; 384 B if the chip gathers" in " ".join(text.split())
+    assert report.to_dict()["traffic"][0]["if_gathered"] == 384
+
+
+def test_a_sum_of_which_a_slice_takes_a_part_counts_as_written_and_as_it_could_be():
+    row = traffic_of_text(THEN_SLICED)
+    assert (row.bytes, row.if_gathered, row.logical_bytes) == (2 * 3 * 128, 2 * 3 * 128, 3 * 128)
+
+
 def test_what_is_no_step_is_an_error():
     with pytest.raises(TypeError, match="train_step is a function; inspect takes what make_train_step, make_eval_step"):
         jaxpar.inspect(lambda state, batch: None, None, None)
@@ -432,10 +489,21 @@ def test_a_budget_of_unknown_names_is_an_error(name):
         assert_collectives(None, None, None, {name: 1})
 
 
-def test_what_an_island_sends_is_its_own_bound():
-    mesh = jaxpar.make_mesh(data=2, context=4)
-    attend = functools.partial(jaxpar.ring_attention, is_causal=True)
-    strategy = jaxpar.sharded(mesh)
+# Of 4 rows, 16 tokens and 32 features in float32. Keys and values: three hops forward, three back, three of their
+# gradients. Queries, keys, values and output, forward and back: three of four parts.
+PASSED = 4 * 16 * 32 * 4
+ISLAND_CELLS = [
+    (jaxpar.ring_attention, {"data": 2, "context": 4}, 2 * PASSED * (3 + 3 + 3)),
+    (jaxpar.ulysses_attention, {"data": 2, "context": 4}, 8 * PASSED * 3 // 4),
+    (jaxpar.ulysses_attention, {"data": 2, "context": 2, "model": 2}, 8 * PASSED // 2),
+]
+
+
+@pytest.mark.parametrize(("attend", "sizes_of_mesh", "bound"), ISLAND_CELLS)
+def test_what_an_island_sends_is_its_own_bound(attend, sizes_of_mesh, bound):
+    mesh = jaxpar.make_mesh(**sizes_of_mesh)
+    attend = functools.partial(attend, is_causal=True)
+    strategy = jaxpar.sharded(mesh, *([jaxpar.MEGATRON] if "model" in sizes_of_mesh else []))
     sizes = Sizes(d_model=32, layers=3, heads=4, kv_heads=4, hidden=64)
     init_fn = lambda rng: jaxpar.TrainState.create(
         Transformer(sizes, attend=attend, rngs=nnx.Rngs(rng)), optax.sgd(1.0)
@@ -444,7 +512,6 @@ def test_what_an_island_sends_is_its_own_bound():
     batch = {key: jax.ShapeDtypeStruct((8, 64), "uint8") for key in "xy"}
     report = jaxpar.inspect(step, strategy.abstract_state(init_fn), batch)
     found = {(row.axes, row.purpose): row for row in report.traffic}
-    ring = found[("context",), "activations"]
-    # Keys and values, of 4 rows, 16 tokens and 32 features: three hops forward, three back, three of their gradients.
-    assert ring.bound == 3 * 2 * 4 * 16 * 32 * 4 * (3 + 3 + 3)
-    assert ring.bound <= ring.bytes
+    row = found[("context",), "activations"]
+    assert row.bound == 3 * bound
+    assert row.bound <= row.bytes

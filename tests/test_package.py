@@ -113,7 +113,9 @@ ENGINES = {"sharded", "data_parallel"}
 ISLANDS = ["schedule", "sequence", "context", "splash", "expert", "stack", "pipeline", "pipeline_loss"]
 UNDER_ISLANDS = {"targets", "mesh", "state", "loss"}
 # What reads a program's text knows nothing of steps.
-READERS = ["inspection.hlo", "inspection.collectives", "inspection.flops", "inspection.partials", "inspection.declared"]
+READERS = [
+    f"inspection.{name}" for name in ("hlo", "groups", "operands", "collectives", "flops", "partials", "declared")
+]
 READERS += [f"estimation.{name}" for name in ("chips", "links", "costs", "timeline")]
 
 

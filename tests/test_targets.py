@@ -124,6 +124,41 @@ def test_fsdp_moves_weights_near_the_bound_and_loops_are_counted(sizes):
     assert any("Attention.__call__ (transformer.py" in one.source for one in report.collectives)
 
 
+WHOLE_GATHERS = {"xla_tpu_enable_windowed_einsum_for_all_gather": "false"}
+WHOLE = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "options", "least_sent", "as_written"),
+    [
+        # Rings of 16, in step with products, send 17 parts of 16 where 15 would do.
+        ({"fsdp": 16}, None, 17 / 15, 17 / 15),
+        # Gathers are whole; gradients still go round.
+        ({"fsdp": 16}, WHOLE_GATHERS, (2 + 17 / 15) / 3, (2 + 17 / 15) / 3),
+        # No ring is left; but sums over all 16 chips are written whole, and a part of each is kept.
+        ({"fsdp": 16}, WHOLE, 1, 4 / 3),
+        # Over a part of the pod they are scattered.
+        ({"fsdp": 4, "model": 4}, WHOLE, 1, 1),
+    ],
+)
+def test_fsdp_sends_the_fewest_bytes_once_rings_are_off(sizes, options, least_sent, as_written):
+    mesh = jaxpar.make_mesh(target="v5e-16", **sizes)
+    _, step, state, batch = start(mesh, Sizes(1024, 8, 8, 8, 2816), 64, 512, compiler_options=options)
+    report = jaxpar.inspect(step, state, batch)
+    row = next(row for row in report.traffic if (row.axes, row.purpose) == (("fsdp",), "weights and gradients"))
+    assert row.logical_bytes / row.bound == pytest.approx(least_sent, abs=0.004)
+    assert row.bytes / row.bound == pytest.approx(as_written, abs=0.006)
+
+
+@pytest.mark.slow
+def test_some_gathers_on_v5p_are_sums_of_parts_in_zeros():
+    _, step, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5p-16"))
+    report = jaxpar.inspect(step, state, batch)
+    assert any(one.lies_in_zeros for one in report.collectives)
+    assert all(row.bytes // 2 <= row.if_gathered <= row.bytes for row in report.traffic)
+
+
 @pytest.mark.slow
 def test_slices_are_crossed_by_their_own_axis_alone():
     mesh = jaxpar.make_mesh(data=2, fsdp=16, target="v5e-16", slices=2)
@@ -331,6 +366,7 @@ def test_a_compile_that_takes_too_much_memory_is_ended(monkeypatch, tmp_path):
     ("axis", "parts", "ratio"),
     [
         ("context", {"attend": functools.partial(jaxpar.ring_attention, is_causal=True)}, 1.01),
+        ("context", {"attend": functools.partial(jaxpar.ulysses_attention, is_causal=True)}, 1.01),
         ("expert", {"make_mlp": functools.partial(jaxpar.MoE, num_experts=8, top_k=2)}, 1.01),
         # The output of the last stage goes to all of them.
         ("stage", {"stage_microbatches": 8}, 1.5),

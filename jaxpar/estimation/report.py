@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,20 @@ from jax.sharding import Mesh
 
 from jaxpar.ahead import SECONDS, compile_ahead
 from jaxpar.estimation.chips import Figure, rates_of, read_figures
-from jaxpar.estimation.timeline import KERNEL, MATH, MEMORY, PACE, Machine, Spent, Wait, torus_of, walk
+from jaxpar.estimation.links import Use
+from jaxpar.estimation.timeline import (
+    KERNEL,
+    MATH,
+    MEMORY,
+    PACE,
+    Machine,
+    Spent,
+    Wait,
+    as_gathered,
+    as_written,
+    torus_of,
+    walk,
+)
 from jaxpar.inspection.flops import count_kernels, count_products
 from jaxpar.inspection.hlo import read_program
 from jaxpar.inspection.report import step_of
@@ -279,10 +292,10 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
     program = compile_ahead(step, state, batch, target, seconds=seconds)
     read, kernels = read_program(program.text), count_kernels(jaxpr)
 
-    def spend(case: str, gathers: bool) -> Spent:
-        return walk(read, Machine(mesh, torus_of(mesh, target.shape, rates_of(target.chip, case)), kernels, gathers))
+    def spend(case: str, of_parts: Callable[[Use], Use]) -> Spent:
+        return walk(read, Machine(mesh, torus_of(mesh, target.shape, rates_of(target.chip, case)), kernels, of_parts))
 
-    expected = spend("expected", False)
+    expected = spend("expected", as_written)
     if not (expected.seconds and count):
         raise EstimationError(
             f"The step takes {expected.seconds} s for {count} {unit}: there is nothing to divide by; give a step that "
@@ -293,9 +306,9 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
         target=target,
         mesh=mesh,
         seconds=expected.seconds,
-        fastest=spend("most", True).seconds,
-        slowest=spend("least", False).seconds,
-        if_gathered=spend("expected", True).seconds,
+        fastest=spend("most", as_gathered).seconds,
+        slowest=spend("least", as_written).seconds,
+        if_gathered=spend("expected", as_gathered).seconds,
         tokens=int(count),
         unit=unit,
         model_flops=sum(one.model_flops for one in count_products(jaxpr)),

@@ -10,8 +10,8 @@ says; of a conditional the longest branch counts.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,16 +19,8 @@ from jax.sharding import Mesh
 from jaxpar.estimation.chips import Rates
 from jaxpar.estimation.costs import work_of
 from jaxpar.estimation.links import DCN, ICI, Torus, Use, time_collective, time_network
-from jaxpar.inspection.collectives import (
-    KINDS,
-    arrays_sent,
-    axes_of_moves,
-    axes_touched,
-    groups_of,
-    read_transfer,
-    slice_axes,
-    slices_of,
-)
+from jaxpar.inspection.collectives import KINDS, read_move, read_transfer, starts_apart
+from jaxpar.inspection.groups import slice_axes, slices_of
 from jaxpar.inspection.hlo import Computation, Instruction, Program, loop_trips
 
 MATH, MEMORY, KERNEL = "math", "HBM", "kernels"
@@ -73,9 +65,22 @@ class Spent:
         self.windows += other.windows * times
         self.unknown_kernels += other.unknown_kernels * times
         for name in ("busy", "waits", "sent", "held"):
-            mine = getattr(self, name)
             for key, seconds in getattr(other, name).items():
-                mine[key] = mine.get(key, 0.0) + seconds * times
+                _add(getattr(self, name), key, seconds * times)
+
+
+def _add(table: dict[Any, float], key: Any, seconds: float) -> None:
+    table[key] = table.get(key, 0.0) + seconds
+
+
+def as_written(use: Use) -> Use:
+    """Returns what a sum of parts in zeros takes, by what a sum takes: just that."""
+    return use
+
+
+def as_gathered(use: Use) -> Use:
+    """Returns what a sum of parts in zeros takes if the chip gathers: half."""
+    return use._replace(seconds=use.seconds / 2)
 
 
 class Machine(NamedTuple):
@@ -85,14 +90,13 @@ class Machine(NamedTuple):
       mesh: its devices.
       torus: where they are, and what their links carry.
       kernels: the operations in one call of each Pallas kernel, by its name and its outputs' shapes.
-      gathers: whether a sum of parts that lie in zeros, as XLA writes some gathers, takes a gather's time; else it
-        takes a sum's, which is twice as long.
+      of_parts: what a sum of parts in zeros takes, as XLA writes some gathers: `as_written` or `as_gathered`.
     """
 
     mesh: Mesh
     torus: Torus
     kernels: Mapping[tuple[str, tuple[tuple[int, ...], ...]], int]
-    gathers: bool = False
+    of_parts: Callable[[Use], Use] = as_written
 
 
 def walk(program: Program, machine: Machine) -> Spent:
@@ -111,12 +115,11 @@ class _Walk:
     def __init__(self, program: Program, machine: Machine):
         self.program, self.machine = program, machine
         self.done: dict[str, Spent] = {}
-        self.moves: dict[tuple[str, str], tuple[Use, Wait]] = {}
         # What starts before a loop may go on inside of it, and end after it.
         self.apart = {
             _channel(one)
             for computation in program.computations.values()
-            if any(each.attribute("custom_call_target") == "AsyncCollectiveStart" for each in computation)
+            if starts_apart(computation)
             for one in computation
             if one.opcode in KINDS
         }
@@ -156,43 +159,11 @@ class _Walk:
         out = one.arrays[0].dims
         return 2.0 * math.prod(left.dims) * out[-1] / self.machine.mesh.shape.get("expert", 1)
 
-    def _lies_in_zeros(self, computation: Computation, names: tuple[str, ...]) -> bool:
-        """Whether all that is summed are arrays of zeros into which each device has written a part."""
-
-        def written(computation: Computation, name: str, outer: dict[str, str]) -> bool:
-            one = computation.instructions.get(name)
-            while one is not None and one.opcode in ("copy", "bitcast", "copy-done", "copy-start", "convert"):
-                one = computation.instructions.get(one.operands[0])
-            if one is None:
-                return False
-            if one.opcode == "fusion" and one.called and one.called[0] in self.program.computations:
-                inner = self.program.computations[one.called[0]]
-                given = [computation.instructions[operand].opcode for operand in one.operands]
-                named = dict(zip((each.name for each in inner.parameters), given, strict=False))
-                return written(inner, inner.root, named)
-            target = computation.instructions.get(one.operands[0]) if one.opcode == "dynamic-update-slice" else None
-            return target is not None and "broadcast" in (target.opcode, outer.get(target.name))
-
-        return all(written(computation, name, {}) for name in names)
-
     def use_of(self, computation: Computation, one: Instruction) -> tuple[Use, Wait]:
-        kind = one.opcode.removesuffix("-start")
-        if kind == "all-reduce" and "reduce-scatter" in computation.name.replace("_", "-"):
-            kind = "reduce-scatter"
-        is_gather = self.machine.gathers and kind == "all-reduce" and self._lies_in_zeros(computation, one.operands)
-        groups_text = one.text[: one.text.find("metadata=")] if "metadata=" in one.text else one.text
-        count = sum(array.bytes for array in arrays_sent(computation, one))
-        key = (kind, f"{count} {is_gather} {groups_text[groups_text.find('replica_groups') :]}")
-        if kind == "collective-permute":
-            key = (kind, f"{count} {groups_text[groups_text.find('source_target_pairs') :]}")
-        if key not in self.moves:
-            torus, mesh = self.machine.torus, self.machine.mesh
-            groups = groups_of(one, mesh, torus.slices)
-            axes = axes_of_moves(groups, mesh) if kind == "collective-permute" else axes_touched(groups, mesh)
-            use = time_collective(torus, kind, groups, count)
-            use = use._replace(seconds=use.seconds / 2) if is_gather else use
-            self.moves[key] = use, Wait(axes, ICI)
-        return self.moves[key]
+        torus, mesh = self.machine.torus, self.machine.mesh
+        move = read_move(self.program, computation, one, mesh, torus.slices)
+        use = time_collective(torus, move.kind, move.groups, move.bytes)
+        return self.machine.of_parts(use) if move.lies_in_zeros else use, Wait(move.axes, ICI)
 
 
 class _Flight(NamedTuple):
@@ -267,7 +238,7 @@ class _Track:
             self.free[link] = self.now - seconds + left + held[link]
 
     def _charge(self, wait: Wait, seconds: float) -> None:
-        self.spent.waits[wait] = self.spent.waits.get(wait, 0.0) + seconds
+        _add(self.spent.waits, wait, seconds)
         self._pass(seconds, 0.0)
 
     def _start(self, name: str, use: Use, wait: Wait) -> str:
@@ -276,9 +247,9 @@ class _Track:
         holder = self.holders.get(taken, wait) if begin > self.now else wait
         for link in use.links:
             self.free[link], self.holders[link] = begin + use.seconds, wait
-            self.spent.held[link] = self.spent.held.get(link, 0.0) + use.seconds
+            _add(self.spent.held, link, use.seconds)
         self.ends[name] = _Flight(begin, begin + use.seconds + use.latency, wait, holder)
-        self.spent.sent[wait] = self.spent.sent.get(wait, 0.0) + use.seconds + use.latency
+        _add(self.spent.sent, wait, use.seconds + use.latency)
         return name
 
     def _wait(self, name: str) -> None:
@@ -337,8 +308,7 @@ class _Track:
             if each == name:
                 break
         if left:
-            self.spent.busy[MEMORY] = self.spent.busy.get(MEMORY, 0.0) + left
-            self.now += left
+            self._keep_busy(MEMORY, left, left)
 
     def _compute(self, one: Instruction) -> None:
         rates = self.walk.machine.torus.rates
@@ -352,8 +322,11 @@ class _Track:
         seconds = max(products, memory, kernel)
         bound = KERNEL if kernel == seconds else MATH if products == seconds else MEMORY
         if seconds:
-            self.spent.busy[bound] = self.spent.busy.get(bound, 0.0) + seconds
-            self._pass(seconds, memory)
+            self._keep_busy(bound, seconds, memory)
+
+    def _keep_busy(self, bound: str, seconds: float, memory: float) -> None:
+        _add(self.spent.busy, bound, seconds)
+        self._pass(seconds, memory)
 
     def _pass(self, seconds: float, memory: float) -> None:
         """Time goes by, of which the memory was in use for so long: copies under way get the rest of it."""

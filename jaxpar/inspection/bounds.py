@@ -32,6 +32,7 @@ class Traffic(NamedTuple):
       logical_bytes: as a program would that gathers in the dtype it computes in, and keeps of a sum its own part alone:
         XLA on CPU does neither.
       bound: the fewest that the layout allows; None where nothing declares it.
+      if_gathered: the same as `bytes`, if what XLA writes as a sum of parts in zeros runs as the gather that it is.
     """
 
     axes: tuple[str, ...]
@@ -39,6 +40,7 @@ class Traffic(NamedTuple):
     bytes: int
     logical_bytes: int
     bound: int | None
+    if_gathered: int
 
 
 class Terms(NamedTuple):
@@ -80,7 +82,7 @@ def sort_traffic(collectives: Iterable[Collective], rows: Iterable[LayoutRow], m
     """Returns the traffic of a step by axes and purpose, each beside its bound.
 
     A collective belongs to a leaf if what it moves has the leaf's dims, whole or as the mesh splits them, with or
-    without the leading dim of a stack of layers.
+    without the leading dim of a stack of layers; or as many elements, where XLA has laid it flat.
     """
     params = [row for row in rows if row.path.startswith("params/") and math.prod(row.shape) > 1]
     found: dict[tuple[tuple[str, ...], str], list[Collective]] = {}
@@ -98,7 +100,7 @@ def sort_traffic(collectives: Iterable[Collective], rows: Iterable[LayoutRow], m
             bound = terms.partial_sums.get(axes[0])
         if purpose == "activations" and set(axes) <= set(BATCH_AXES) - set(_STAYS):
             unexplained += ones
-        traffic.append(Traffic(axes, purpose, sent, logical, bound))
+        traffic.append(Traffic(axes, purpose, sent, logical, bound, sum(one.bytes_if_gathered for one in ones)))
     return Purposes(
         tuple(sorted(traffic, key=lambda one: -one.bytes)),
         tuple(sorted(unexplained, key=lambda one: -one.bytes_a_step)),
@@ -118,7 +120,11 @@ def _leaf_of(one: Collective, params: list[LayoutRow], mesh: Mesh) -> LayoutRow 
     if not one.axes or not set(one.axes) <= set(BATCH_AXES) - set(_STAYS) | islands:
         return None
     dims = _key(one.array.dims)
-    return next((row for row in params if dims in _keys(row, mesh, one.axes)), None)
+    found = next((row for row in params if dims in _keys(row, mesh, one.axes)), None)
+    if found is None and len(dims) == 1:
+        sizes = lambda row: map(math.prod, _keys(row, mesh, one.axes))
+        found = next((row for row in params if dims[0] in sizes(row)), None)
+    return found
 
 
 def _keys(row: LayoutRow, mesh: Mesh, axes: tuple[str, ...]) -> set[tuple[int, ...]]:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpar.inspection.groups import axes_of_groups, axes_touched, groups_of, slice_axes, slices_of
 from jaxpar.inspection.hlo import Array, Computation, Frame, Instruction, Program
+from jaxpar.inspection.operands import Operand, lies_in_zeros, operands_of, operation_of
 
 KINDS = (
     "all-reduce",
@@ -20,10 +22,6 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}")
-_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?(?:\([^)]*\) ?)?\{([^}]*)\}")
-_NAMED_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _LIBRARY = re.compile(r"[/\\]site-packages[/\\](jax|flax|optax|chex)[/\\]")
 # The demo's transformer is a model as a user's is; an island stands in one.
 _OWN = re.compile(r"[/\\]jaxpar[/\\](?!transformer\.py)[\w/\\]+\.py$")
@@ -42,6 +40,7 @@ class Collective(NamedTuple):
         gather it, twice that to all-reduce it (Patarasuk and Yuan 2009, https://doi.org/10.1016/j.jpdc.2008.09.002).
       times: how often it runs a step; None where a loop's trips are not known.
       is_asynchronous: whether the program goes on while it runs.
+      lies_in_zeros: whether it is a sum of parts in zeros, as XLA writes some gathers: run as one, it sends half.
       crosses_slices: whether devices on different slices take part together.
       source: the model's own line that it comes from, as `Attention.__call__ (model.py:91)`.
       operation: the path of the operation's name in the program, as `up/dot_general`.
@@ -54,6 +53,7 @@ class Collective(NamedTuple):
     bytes: int
     times: int | None
     is_asynchronous: bool
+    lies_in_zeros: bool
     crosses_slices: bool
     source: str
     operation: str
@@ -62,6 +62,11 @@ class Collective(NamedTuple):
     def bytes_a_step(self) -> int:
         """What a device sends in a step; counted once where the times are not known."""
         return self.bytes * (1 if self.times is None else self.times)
+
+    @property
+    def bytes_if_gathered(self) -> int:
+        """The same, if what lies in zeros is gathered."""
+        return self.bytes_a_step // 2 if self.lies_in_zeros else self.bytes_a_step
 
 
 def find_collectives(
@@ -85,17 +90,18 @@ def find_collectives(
     """
     runs = program.runs()
     slices = slices_of(mesh, slice_of)
-    fused = {name for computation in program.computations.values() for name in _fused_by(computation)}
+    fused = _called_by(program, "fusion")
+    apart = _called_by(program, "call-start", "async-start")
     found, seen = [], set()
     for computation in program.computations.values():
         if computation.name not in runs:
             continue
+        times, is_apart = runs[computation.name], computation.name in apart or starts_apart(computation)
         for one in computation:
-            kind = one.opcode.removesuffix("-start")
             transfer = read_transfer(computation, one, mesh, slices) if one.opcode == "send" else None
             if transfer is not None:
-                found.append(_read_transfer(program, one, transfer, runs[computation.name]))
-            if kind not in KINDS:
+                found.append(_describe_transfer(program, one, transfer, times))
+            if (kind := one.opcode.removesuffix("-start")) not in KINDS:
                 continue
             channel = (kind, one.attribute("channel_id"))
             if computation.name in fused and channel[1]:
@@ -103,103 +109,26 @@ def find_collectives(
                 if channel in seen:
                     continue
                 seen.add(channel)
-            groups = groups_of(one, mesh, slices)
-            found += _read_one(program, computation, one, kind, groups, mesh, slices, runs[computation.name])
+            move = read_move(program, computation, one, mesh, slices)
+            crosses = bool((slices[move.groups] != slices[move.groups[:, :1]]).any())
+            found += _describe_move(program, one, move, mesh, times, is_apart or goes_on(one), crosses)
     return tuple(found)
 
 
-def read_groups(text: str, count: int) -> np.ndarray:
-    """Returns which devices take part together, a row for each group; for a permute, the pairs from source to target.
-
-    XLA spells groups in three ways: as lists, as the rows of a transposed range, and by the names of axes.
-
-    >>> read_groups("replica_groups={{0,2},{1,3}}", 4).tolist()
-    [[0, 2], [1, 3]]
-    >>> read_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4).tolist()
-    [[0, 2], [1, 3]]
-    >>> read_groups("replica_groups=mesh['a'=2,'b'=2] {'a'}", 4).tolist()
-    [[0, 2], [1, 3]]
-    """
-    if match := _IOTA.search(text):
-        shape = [int(dim) for dim in match[3].split(",")]
-        order = [int(dim) for dim in match[4].split(",")] if match[4] else list(range(len(shape)))
-        return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(int(match[1]), int(match[2]))
-    if match := _NAMED.search(text):
-        return _read_named(match[1], match[2])
-    if match := _LISTED.search(text):
-        listed = [[int(number) for number in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
-        # Where they differ in size, the largest takes the longest.
-        largest = max(map(len, listed))
-        return np.array([group for group in listed if len(group) == largest])
-    return np.zeros((0, 2), int) if "source_target_pairs={}" in text else np.arange(count)[None]
+def _called_by(program: Program, *opcodes: str) -> set[str]:
+    """The names of the computations that instructions of some kinds call."""
+    ones = (one for computation in program.computations.values() for one in computation)
+    return {called for one in ones if one.opcode in opcodes for called in one.called}
 
 
-def _read_named(sizes: str, names: str) -> np.ndarray:
-    """Groups by axes, or parts of them: `'x':(2)4` is the part of size 4 of axis x after an outer one of 2."""
-    shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
-    chosen = {name: (int(before or 1), int(size or shape[name])) for name, before, size in _NAMED_PART.findall(names)}
-    dims, together = [], []
-    for name, size in shape.items():
-        before, part = chosen.get(name, (1, 1))
-        together += [len(dims) + 1] if name in chosen else []
-        dims += [before, part, size // before // part]
-    apart = [dim for dim in range(len(dims)) if dim not in together]
-    size = math.prod(dims[dim] for dim in together)
-    return np.arange(math.prod(dims)).reshape(dims).transpose(apart + together).reshape(-1, size)
+def starts_apart(computation: Computation) -> bool:
+    """Whether a fused computation only starts its collective, as XLA's TPU compiler splits one over several fusions."""
+    return any(one.attribute("custom_call_target") == "AsyncCollectiveStart" for one in computation)
 
 
-def axes_of_groups(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
-    """Returns the mesh axes along which the devices of each group lie; none if they fill no such axes.
-
-    >>> import jaxpar
-    >>> axes_of_groups(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), jaxpar.make_mesh(data=2, fsdp=2, model=2))
-    ('fsdp', 'model')
-    """
-    places = np.array(np.unravel_index(groups, mesh.devices.shape))
-    varying = (places != places[:, :, :1]).any(axis=(1, 2)) if groups.size else np.zeros(len(places), bool)
-    axes = tuple(axis for axis, varies in zip(mesh.axis_names, varying, strict=True) if varies)
-    return axes if math.prod(mesh.shape[axis] for axis in axes) == groups.shape[1] else ()
-
-
-def axes_touched(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
-    """Returns the mesh axes along which devices of a group differ, though they fill but a part of one.
-
-    >>> import jaxpar
-    >>> axes_touched(np.array([[0, 1], [2, 3]]), jaxpar.make_mesh(data=2, fsdp=4))
-    ('fsdp',)
-    """
-    places = np.array(np.unravel_index(groups, mesh.devices.shape))
-    varying = (places != places[:, :, :1]).any(axis=(1, 2)) if groups.size else np.zeros(len(places), bool)
-    return tuple(axis for axis, varies in zip(mesh.axis_names, varying, strict=True) if varies)
-
-
-def slices_of(mesh: Mesh, slice_of: Callable[[Any], int] | None = None) -> np.ndarray:
-    """Returns the slice that each device is on, in the order in which a program counts them."""
-    return np.array([_slice_index(device, slice_of) for device in mesh.devices.flat])
-
-
-def slice_axes(mesh: Mesh, slices: np.ndarray) -> tuple[str, ...]:
-    """Returns the mesh axes along which devices lie on different slices.
-
-    >>> import jaxpar
-    >>> slice_axes(jaxpar.make_mesh(data=2, fsdp=4), np.repeat([0, 1], 4))
-    ('data',)
-    """
-    places = np.array(np.unravel_index(np.flatnonzero(slices == slices[0]), mesh.devices.shape))
-    held = (len(np.unique(place)) for place in places)
-    return tuple(axis for axis, count in zip(mesh.axis_names, held, strict=True) if count < mesh.shape[axis])
-
-
-def groups_of(one: Instruction, mesh: Mesh, slices: np.ndarray) -> np.ndarray:
-    """Returns which devices of a mesh take part in a collective together: see `read_groups`.
-
-    The TPU compiler cuts a program for several slices into one for each, which counts its own devices alone: its groups
-    are those of the first slice.
-    """
-    groups = read_groups(one.text, mesh.size)
-    first = np.flatnonzero(slices == slices[0])
-    is_own = groups.size and len(first) < mesh.size and groups.max() < len(first)
-    return first[groups] if is_own else groups
+def goes_on(one: Instruction) -> bool:
+    """Whether a program goes on after it has started a collective; on GPU, XLA writes a start for every one."""
+    return one.opcode.endswith("-start") and '"is_sync":true' not in one.text
 
 
 class Transfer(NamedTuple):
@@ -247,71 +176,78 @@ def read_transfer(computation: Computation, one: Instruction, mesh: Mesh, slices
     return Transfer(name[1], named, count, slice_axes(mesh, slices), count_bytes)
 
 
-def _read_transfer(program: Program, one: Instruction, transfer: Transfer, times: int | None) -> Collective:
-    size = transfer.slices
-    sent = wire_bytes(transfer.kind, transfer.bytes, size)
-    source = describe_source(program.trace(one))
+def _describe_transfer(program: Program, one: Instruction, transfer: Transfer, times: int | None) -> Collective:
     return Collective(
-        transfer.kind, transfer.axes, size, one.arrays[0], sent, times, True, True, source, _operation(one)
+        kind=transfer.kind,
+        axes=transfer.axes,
+        group_size=transfer.slices,
+        array=one.arrays[0],
+        bytes=wire_bytes(transfer.kind, transfer.bytes, transfer.slices),
+        times=times,
+        is_asynchronous=True,
+        lies_in_zeros=False,
+        crosses_slices=True,
+        source=describe_source(program.trace(one)),
+        operation=operation_of(one),
     )
 
 
-def axes_of_moves(pairs: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
-    """Returns the mesh axes along which a permute moves what devices have, by its pairs of source and target."""
-    places = np.array(np.unravel_index(pairs, mesh.devices.shape))
-    moves = (places[:, :, 0] != places[:, :, 1]).any(axis=1)
-    return tuple(axis for axis, moved in zip(mesh.axis_names, moves, strict=True) if moved)
+class Move(NamedTuple):
+    """What one collective does in one run, as its text says: what `inspect` counts and `estimate` times.
+
+    Attributes:
+      kind: as XLA calls it, or what it is in truth.
+      groups: the devices that take part together, a row for each group; of a permute, pairs of source and target.
+      axes: the mesh axes along which those of a group differ, though they may fill but a part of one.
+      operands: what a device puts in.
+      lies_in_zeros: whether it is a sum of parts in zeros.
+    """
+
+    kind: str
+    groups: np.ndarray
+    axes: tuple[str, ...]
+    operands: list[Operand]
+    lies_in_zeros: bool
+
+    @property
+    def bytes(self) -> int:
+        """All that a device puts in."""
+        return sum(operand.array.bytes for operand in self.operands)
 
 
-def _read_one(
-    program: Program,
-    computation: Computation,
-    one: Instruction,
-    kind: str,
-    groups: np.ndarray,
-    mesh: Mesh,
-    slices: np.ndarray,
-    times: int | None,
-) -> Iterator[Collective]:
-    size, axes = groups.shape[1], axes_of_groups(groups, mesh)
-    if kind == "collective-permute":
-        axes = axes_of_moves(groups, mesh)
-        size = math.prod(mesh.shape[axis] for axis in axes)
+def read_move(program: Program, computation: Computation, one: Instruction, mesh: Mesh, slices: np.ndarray) -> Move:
+    """Returns what a collective of a computation does."""
+    kind = one.opcode.removesuffix("-start")
     if kind == "all-reduce" and "reduce-scatter" in computation.name.replace("_", "-"):
         kind = "reduce-scatter"
-    is_asynchronous = one.opcode.endswith("-start") or any(
-        other.attribute("custom_call_target") == "AsyncCollectiveStart" for other in computation
-    )
-    frames = program.trace(one)
-    for array in arrays_sent(computation, one):
+    groups = groups_of(one, mesh, slices)
+    operands = operands_of(program, computation, one)
+    in_zeros = kind == "all-reduce" and lies_in_zeros(program, computation, one.operands)
+    return Move(kind, groups, axes_touched(groups, mesh), operands, in_zeros)
+
+
+def _describe_move(
+    program: Program, one: Instruction, move: Move, mesh: Mesh, times: int | None, goes_on: bool, crosses: bool
+) -> Iterator[Collective]:
+    size, axes = move.groups.shape[1], axes_of_groups(move.groups, mesh)
+    if move.kind == "collective-permute":
+        size, axes = math.prod(mesh.shape[axis] for axis in move.axes), move.axes
+    frames, operation = program.trace(one), operation_of(one)
+    for array, maker in move.operands:
         yield Collective(
-            kind,
-            axes,
-            size,
-            array,
-            wire_bytes(kind, array.bytes, size),
-            times,
-            is_asynchronous,
-            bool((slices[groups] != slices[groups[:, :1]]).any()),
-            describe_source(frames),
-            _operation(one),
+            kind=move.kind,
+            axes=axes,
+            group_size=size,
+            array=array,
+            bytes=wire_bytes(move.kind, array.bytes, size),
+            times=times,
+            is_asynchronous=goes_on,
+            lies_in_zeros=move.lies_in_zeros,
+            crosses_slices=crosses,
+            # What XLA joins has no name of its own.
+            source=describe_source(frames or program.trace(maker)),
+            operation=operation or operation_of(maker),
         )
-
-
-def arrays_sent(computation: Computation, one: Instruction) -> list[Array]:
-    """Returns what a device puts into a collective.
-
-    Of a ragged exchange it is the smaller of what it takes and gives: the larger has room for the worst case. Its other
-    operands tell how much goes where.
-    """
-    operands = [computation.instructions.get(name) for name in one.operands]
-    if one.opcode.startswith("ragged"):
-        return sorted((array for each in (operands[0], one) if each for array in each.arrays[:1]), key=_bytes_of)[:1]
-    return [array for operand in operands if operand for array in operand.arrays]
-
-
-def _bytes_of(array: Array) -> int:
-    return array.bytes
 
 
 def wire_bytes(kind: str, count: int, size: int) -> int:
@@ -345,21 +281,3 @@ def describe_source(frames: list[Frame]) -> str:
         return ""
     place = f"{os.path.basename(chosen.file)}:{chosen.line}"
     return f"{chosen.function.replace('.<locals>', '')} ({place})" if chosen.function else place
-
-
-def _operation(one: Instruction) -> str:
-    match = re.search(r'op_name="([^"]*)"', one.text)
-    wrappers = re.compile(
-        r"(jit|jvp|transpose|vmap|rematted_computation|checkpoint)\(.*\)$|^(while|body|closed_call|cond)$"
-    )
-    return "/".join(part for part in (match[1] if match else "").split("/") if part and not wrappers.match(part))
-
-
-def _fused_by(computation: Computation) -> Iterator[str]:
-    for one in computation:
-        if one.opcode == "fusion":
-            yield from one.called
-
-
-def _slice_index(device: Any, slice_of: Callable[[Any], int] | None) -> int:
-    return slice_of(device) if slice_of else getattr(device, "slice_index", 0) or 0

@@ -1,4 +1,4 @@
-"""What islands send over their own axes, counted in the jaxpr: the collectives that they write themselves."""
+"""What islands send over their own axes, counted in the jaxpr: by collectives, or by two constraints in a row."""
 
 import math
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ def count_declared(jaxpr: Any, sizes: Mapping[str, int], axis: str) -> int:
 
     Inside of a manual region arrays are those of a device but for the axes that are the compiler's: their rows are
     split over the batch axes, and the heads of a ring's over `model`. Of branches for one platform each the one that
-    sends least counts.
+    sends least counts. An array that is constrained to have one dim split over the axis, and then another, is exchanged
+    all to all: so Ulysses' attention sends.
 
     >>> import jax, jax.numpy as jnp, jaxpar
     >>> from jax.sharding import PartitionSpec as P
@@ -39,10 +40,15 @@ def count_declared(jaxpr: Any, sizes: Mapping[str, int], axis: str) -> int:
 
 
 def _visit(jaxpr: Any, sizes: Mapping[str, int], axis: str, manual: frozenset[str], needed: list[bool] | None) -> float:
-    total = 0.0
+    total, constrained = 0.0, {}
     for eqn, outs in live_equations(jaxpr, needed):
         name = eqn.primitive.name
         total += _sent(eqn, sizes, axis, manual)
+        if name == "sharding_constraint":
+            spec = getattr(eqn.params["sharding"], "spec", ())
+            if spec_before := constrained.get(eqn.invars[0]):
+                total += _exchanged(eqn.outvars[0].aval, (spec_before, spec), sizes, axis, manual)
+            constrained[eqn.outvars[0]] = spec
         if name == "cond":
             branches = [_visit(body, sizes, axis, manual, None) for body in inner_jaxprs(eqn)]
             total += min((count for count in branches if count), default=0.0)
@@ -52,6 +58,23 @@ def _visit(jaxpr: Any, sizes: Mapping[str, int], axis: str, manual: frozenset[st
         for body in inner_jaxprs(eqn):
             total += times * _visit(body, sizes, axis, inside, needed_inside(eqn, body, outs))
     return total
+
+
+def _exchanged(aval: Any, specs: tuple[Any, Any], sizes: Mapping[str, int], axis: str, manual: frozenset[str]) -> float:
+    """What a device sends of an array whose dims were split by one spec and are by another."""
+    before, after = ({dim for dim, entry in enumerate(spec) if axis in _axes_of(entry)} for spec in specs)
+    if not before or not after or before == after:
+        return 0.0
+    named = {name for spec in specs for entry in spec for name in _axes_of(entry)} | {*_BATCH_AXES, axis}
+    split = math.prod(size for name, size in sizes.items() if name in named and name not in manual)
+    return _PARTS["all_to_all"](sizes[axis]) * math.prod(aval.shape) * aval.dtype.itemsize / split
+
+
+def _axes_of(entry: Any) -> tuple[str, ...]:
+    """The axes that an entry of a spec names; none where the compiler chooses."""
+    if isinstance(entry, str):
+        return (entry,)
+    return entry if isinstance(entry, tuple) else ()
 
 
 def _sent(eqn: Any, sizes: Mapping[str, int], axis: str, manual: frozenset[str]) -> float:

@@ -164,6 +164,9 @@ class Program(NamedTuple):
             before = counts.get(name, 0)
             counts[name] = None if before is None or times is None else before + times
             for instruction in self.computations[name]:
+                if instruction.opcode.endswith(("-update", "-done")):
+                    # It names what its start has run.
+                    continue
                 trips = loop_trips(self, self.computations[name], instruction) if instruction.opcode == "while" else 1
                 for called in instruction.called:
                     if called in self.computations:

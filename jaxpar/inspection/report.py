@@ -114,6 +114,7 @@ class Inspection:
             ]
         lines += ["", *align(Table(_TRAFFIC, self._traffic_rows()))]
         lines += ["", *align(Table(_COLLECTIVES, self._collective_rows()))]
+        lines += self._ambiguous()
         lines += [f"no rule explains: {_describe(one)}" for one in self.unexplained[:8]]
         lines += ["", *align(Table(_PRODUCTS, self._product_rows()))]
         lines.append(f"{self.flops:.4g} floating-point operations in all, {self.flops / self.mesh.size:.4g} a device")
@@ -134,10 +135,21 @@ class Inspection:
                 Table(("no rule explains",), [(_describe(one),) for one in self.unexplained[:8]]),
                 Table(_PRODUCTS, self._product_rows()),
             ),
+            self._ambiguous(),
         )
 
     def _repr_html_(self) -> str:
         return to_html(self)
+
+    def _ambiguous(self) -> list[str]:
+        """What may send less than its text says."""
+        return [
+            f"ambiguous: XLA writes some gathers over {_over(row.axes)} as sums of parts in zeros, which send twice as "
+            f"much. As written a device sends {format_bytes(row.bytes)} of {row.purpose} in a step; "
+            f"{format_bytes(row.if_gathered)} if the chip gathers."
+            for row in self.traffic
+            if row.if_gathered < 0.99 * row.bytes
+        ]
 
     def _memory_rows(self) -> list[tuple[str, ...]]:
         share = self.param_bytes + self.optimizer_bytes
@@ -159,7 +171,7 @@ class Inspection:
         return [
             (
                 row.purpose,
-                " x ".join(row.axes) or "no axis",
+                _over(row.axes),
                 format_bytes(row.bytes)
                 + (f" ({format_bytes(row.logical_bytes)})" if row.logical_bytes != row.bytes else ""),
                 "-" if row.bound is None else format_bytes(row.bound),
@@ -174,7 +186,7 @@ class Inspection:
             slow = "across slices" if one.crosses_slices else ""
             how = ", ".join(filter(None, ("asynchronous" if one.is_asynchronous else "", slow)))
             times = "unknown" if one.times is None else str(one.times)
-            key = (one.kind, " x ".join(one.axes) or "no axis", times, how, one.source or one.operation)
+            key = (one.kind, _over(one.axes), times, how, one.source or one.operation)
             grouped[key] = grouped.get(key, 0) + one.bytes_a_step
         largest = sorted(grouped.items(), key=lambda item: -item[1])[:20]
         return [(kind, axes, format_bytes(size), *rest) for (kind, axes, *rest), size in largest]
@@ -300,9 +312,13 @@ def _partial_sums(jaxpr: Any, state: Any, rows: list[LayoutRow], mesh: Mesh) -> 
     return found | {axis: count for axis, count in declared.items() if count}
 
 
+def _over(axes: tuple[str, ...]) -> str:
+    return " x ".join(axes) or "no axis"
+
+
 def _describe(one: Collective) -> str:
     times = "" if one.times == 1 else f", {'an unknown number of' if one.times is None else one.times} times"
     return (
-        f"{one.kind} over {' x '.join(one.axes) or 'no axis'} of {one.array.dtype}{list(one.array.dims)} at "
+        f"{one.kind} over {_over(one.axes)} of {one.array.dtype}{list(one.array.dims)} at "
         f"{one.source or one.operation}, {format_bytes(one.bytes_a_step)} a step{times}"
     )
