@@ -1,8 +1,10 @@
 """Being asked to end: a SIGTERM is noticed at once, and obeyed when the state is safe; changes with how hosts ask."""
 
+import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -15,9 +17,10 @@ CODE = 143  # what a shell tells of a process that SIGTERM ended: 128 + 15
 class Preemption:
     """Notices SIGTERM while it is open; a second one ends the process at once.
 
-    In many processes JAX notices it itself, and all of them learn at which step to stop. In one, a thread of its own
-    notices it even while the main thread compiles: if nothing would be lost, the process ends there and then. Outside
-    the main thread, where Python takes no signals, nothing is noticed.
+    In many processes JAX notices it itself, and all of them learn at which step to stop: the one after that which they
+    are at, so that a compile or an evaluation comes to its end first. In one, a thread of its own notices it even while
+    the main thread compiles: if nothing would be lost, the process ends there and then. Outside the main thread, where
+    Python takes no signals, nothing is noticed.
 
     >>> with Preemption() as preemption:
     ...     preemption.asked(1)
@@ -32,7 +35,9 @@ class Preemption:
         self._sockets: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> "Preemption":
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        if jax.process_count() > 1:
+            _end_at_the_second()
+        elif threading.current_thread() is threading.main_thread():
             self._sockets = socket.socketpair()
             self._sockets[1].setblocking(False)
             self._before = signal.signal(signal.SIGTERM, self._handle)
@@ -84,3 +89,17 @@ class Preemption:
                 # The main thread may be where it takes no second one.
                 if noticed > 1 or (noticed and self._is_safe):
                     os._exit(CODE)
+
+
+def _end_at_the_second() -> None:
+    """Leaves the first SIGTERM to JAX's handler, which is C++ and ignores any other, and the second to the default.
+
+    Of C libraries glibc alone can set a handler for one signal and tell the one before; elsewhere a second is ignored.
+    """
+    once = getattr(ctypes.CDLL(None), "sysv_signal", None) if sys.platform == "linux" else None
+    if once is None:
+        return
+    once.restype, once.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    once(signal.SIGTERM, once(signal.SIGTERM, None))
+    # As before: gloo's and gRPC's system calls go on after a signal.
+    signal.siginterrupt(signal.SIGTERM, False)
