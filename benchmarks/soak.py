@@ -54,12 +54,12 @@ class Kill(NamedTuple):
     def faults(self) -> list[str]:
         """Returns what went wrong."""
         allowed = 0 if self.sent == "SIGTERM" else 2 * EVERY
-        told = {
+        found = {
             f"{self.lost} steps lost of {allowed} allowed": self.lost > allowed,
             f"{self.damaged} checkpoints damaged": self.damaged > 0,
             f"ended after {self.seconds:.0f} s of {self.limit:.0f}": self.seconds > self.limit,
         }
-        return [what for what, is_so in told.items() if is_so]
+        return [what for what, is_so in found.items() if is_so]
 
 
 def start(count: int, folder: pathlib.Path, steps: int, pause: float, heartbeat: int) -> subprocess.Popen:
@@ -83,6 +83,12 @@ def read_log(folder: pathlib.Path) -> list[tuple[int, float]]:
             continue
         rows.append((row["step"], row["loss"]))
     return rows
+
+
+def told(folder: pathlib.Path) -> str:
+    """Returns what a run printed last, but for the numbers of its steps."""
+    lines = (folder / "out.txt").read_text(errors="replace").splitlines()
+    return "\n".join(line for line in lines if not line[-1:].isdecimal())[-3000:]
 
 
 def saved(folder: pathlib.Path) -> int:
@@ -178,7 +184,7 @@ def kill_once(count: int, folder: pathlib.Path, draw: random.Random, heartbeat: 
     process = start(count, folder, 10**6, 0.02, heartbeat)
     reach(process, folder, phase, draw)
     if process.poll() is not None:
-        print((folder / "out.txt").read_text(errors="replace")[-3000:], flush=True)
+        print(told(folder), flush=True)
         return None
     seconds, limit = kill(process, sent, at, heartbeat)
     reached = max((number for number, _ in read_log(folder)[before:]), default=0)
@@ -205,10 +211,10 @@ def soak(count: int, kills: int, draw: random.Random, heartbeat: int = 10) -> di
             faults += [f"kill {number}: {fault}" for fault in killed.faults()]
             print(f"{count} processes, kill {number}: {killed._asdict()} {killed.faults() or ''}", flush=True)
             if killed.faults():
-                print((folder / "out.txt").read_text(errors="replace")[-3000:], flush=True)
+                print(told(folder), flush=True)
         last = max(saved(folder), 1) + 10
         for each in (folder, whole):
-            assert start(count, each, last, 0, heartbeat).wait(600) == 0, (each / "out.txt").read_text()[-3000:]
+            assert start(count, each, last, 0, heartbeat).wait(600) == 0, told(each)
         expected = dict(read_log(whole))
         rows = [(number, loss) for number, loss in read_log(folder) if number in expected]
         by = lambda names: dict(collections.Counter(names))

@@ -1,6 +1,7 @@
 """Being asked to end: a SIGTERM is noticed at once, and obeyed when the state is safe; changes with how hosts ask."""
 
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -13,6 +14,10 @@ import jax
 
 CODE = 143  # what a shell tells of a process that SIGTERM ended: 128 + 15
 
+# JAX stops all processes at the number after the highest that any has given it, 0 before the first: a run that goes on
+# from step 90 and gives its steps never sees 1. Nor may numbers go back, as steps do after a loss that is no number.
+_asked_before = itertools.count(1)
+
 
 class Preemption:
     """Notices SIGTERM while it is open; a second one ends the process at once.
@@ -23,13 +28,14 @@ class Preemption:
     Python takes no signals, nothing is noticed.
 
     >>> with Preemption() as preemption:
-    ...     preemption.asked(1)
+    ...     preemption.asked()
     False
     """
 
     def __init__(self) -> None:
         self._asked = threading.Event()
         self._is_safe = False
+        self._all_stop = False
         self._before: Any = None
         self._wakeup = -1
         self._sockets: tuple[socket.socket, socket.socket] | None = None
@@ -57,12 +63,13 @@ class Preemption:
                 # It came when all was done.
                 raise SystemExit(CODE)
 
-    def asked(self, step: int) -> bool:
-        """Returns whether to stop after this step: the same answer in every process."""
+    def asked(self) -> bool:
+        """Returns whether to stop after this step: the same answer in every process, which all ask as often."""
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            return multihost_utils.reached_preemption_sync_point(step)
+            self._all_stop |= multihost_utils.reached_preemption_sync_point(next(_asked_before))
+            return self._all_stop
         return self._asked.is_set()
 
     def nothing_to_lose(self, value: bool) -> None:
