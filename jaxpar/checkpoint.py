@@ -15,15 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpar.layout import format_bytes
-from jaxpar.manifest import NAME, ManifestError, check_manifest, read_digest, read_manifest, write_manifest
+from jaxpar.manifest import (
+    NAME,
+    ManifestError,
+    check_manifest,
+    list_files,
+    read_digest,
+    read_manifest,
+    shown,
+    write_manifest,
+)
+from jaxpar.saved_files import REMEDY, check_files, read_content, step_of
 from jaxpar.saved_leaves import (
     CheckpointError,
     abstract_leaf,
     as_key_like,
     check_leaves,
+    check_loaded,
     check_stored,
     dtype_of,
     leaves_of,
+    size_of,
 )
 from jaxpar.state import is_key, named_leaves
 
@@ -102,13 +114,15 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that are there and finished, in order."""
         try:
-            names = [path.name for path in self.directory.iterdir()]
+            found = [step_of(path.name) for path in self.directory.iterdir()]
+            return sorted(step for step in found if step is not None and (self._folder(step) / NAME).exists())
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise CheckpointError(f"The checkpoint folder {self.directory} can't be read: {error.strerror}.") from error
-        found = [int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name))]
-        return sorted(step for step in found if (self._folder(step) / NAME).exists())
+            raise CheckpointError(
+                f"The checkpoint folder {self.directory} can't be read: {error.strerror}. Give one that this user may "
+                "read."
+            ) from error
 
     def save(self, state: Any, *, step: int | None = None, data: Any = None, force: bool = False) -> bool:
         """Saves a state if its step is one to save; returns whether it does. The steps may go on meanwhile.
@@ -185,7 +199,7 @@ class Checkpoints:
         try:
             return check_manifest(self._folder(step))
         except ManifestError as error:
-            raise CheckpointError(f"Checkpoint {step} must not be restored: {error}.") from error
+            raise CheckpointError(f"Checkpoint {step} must not be restored: {error}; {REMEDY}.") from error
 
     def restore(self, like: Any, *, step: int | None = None, verify: bool = True) -> Restored:
         """Returns the state of a checkpoint, laid out as another one is; that one's static part is kept.
@@ -200,12 +214,14 @@ class Checkpoints:
         """
         self.wait()
         chosen = _agree(lambda: self._choose(step, verify))
-        content = _read_content(self._folder(chosen))
-        check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")
-        with _named(f"Checkpoint {chosen} in {self.directory} can't be read"):
-            check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)
-            wanted = {path: leaf for path, leaf in leaves_of(like).items() if leaf.size}
-            loaded = _orbax().load(self._folder(chosen), {path: abstract_leaf(leaf) for path, leaf in wanted.items()})
+        folder, name = self._folder(chosen), f"Checkpoint {chosen} in {self.directory}"
+        content, wanted = read_content(folder), leaves_of(like)
+        check_leaves(content["leaves"], like, name)
+        check_files(folder, wanted, sum(size_of(leaf) for leaf in wanted.values()))
+        with _named(f"{name} can't be read", f" Restore another one, or {REMEDY}."):
+            check_stored(_orbax().metadata(folder).metadata, content["leaves"], chosen)
+            numbers = {path: abstract_leaf(leaf) for path, leaf in wanted.items() if leaf.size}
+            loaded = check_loaded(_orbax().load(folder, numbers), numbers, name)
         empty = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
         leaves = [
             empty(leaf) if not leaf.size else as_key_like(loaded[path], leaf) if is_key(leaf) else loaded[path]
@@ -220,7 +236,7 @@ class Checkpoints:
             try:
                 check(int(step))
             except ManifestError as error:
-                raise CheckpointError(f"Checkpoint {step} must not be restored: {error}.") from error
+                raise CheckpointError(f"Checkpoint {step} must not be restored: {error}; {REMEDY}.") from error
             except CheckpointError as error:
                 others = [other for other in self.steps if other != step]
                 raise CheckpointError(f"{error} Others in {self.directory} are {others or 'none'}.") from error
@@ -289,12 +305,11 @@ def describe_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       CheckpointError: it has no manifest that can be read.
     """
+    content = read_content(folder)
     try:
-        content = read_manifest(folder)
+        return {**content, "bytes": sum(size for _, size in list_files(folder)), "digest": read_digest(folder)}
     except ManifestError as error:
-        raise CheckpointError(f"{error}.") from error
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {**content, "bytes": size, "digest": read_digest(folder)}
+        raise CheckpointError(f"{error}; {REMEDY}.") from error
 
 
 def _as_json(data: Any) -> Any:
@@ -339,27 +354,15 @@ def _agree(choose: Callable[[], int]) -> int:
     return chosen
 
 
-def _read_content(folder: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = read_manifest(folder)
-    except ManifestError as error:
-        raise CheckpointError(f"{error}.") from error
-    leaves = content.get("leaves")
-    is_leaf = lambda entry: isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)
-    if not isinstance(leaves, dict) or not all(map(is_leaf, leaves.values())):
-        raise CheckpointError(f"The manifest in {folder} lists no leaves.")
-    return content
-
-
 @contextlib.contextmanager
-def _named(what: str) -> Any:
-    """Errors of the system and of Orbax, as one of ours that says what couldn't be done."""
+def _named(what: str, then: str = "") -> Any:
+    """Errors of the system and of Orbax, as one of ours that says what couldn't be done, and what to do."""
     try:
         yield
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{what}: {error.strerror or error}.") from error
+        raise CheckpointError(f"{what}: {error.strerror or error}.{then}") from error
     except Exception as error:
-        told = (str(error).splitlines() or [""])[0][:300]
-        raise CheckpointError(f"{what}: {type(error).__name__}: {told}.") from error
+        told = shown((str(error).splitlines() or [""])[0][:300])
+        raise CheckpointError(f"{what}: {type(error).__name__}: {told}.{then}") from error
