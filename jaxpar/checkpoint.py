@@ -1,6 +1,5 @@
 """Checkpoints that move: saved under one layout, restored under any other, and refused where a bit has changed."""
 
-import contextlib
 import json
 import pathlib
 import shutil
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.failures import explained, hush_orbax, tell_cause
 from jaxpar.layout import format_bytes
 from jaxpar.manifest import (
     NAME,
@@ -22,7 +22,6 @@ from jaxpar.manifest import (
     list_files,
     read_digest,
     read_manifest,
-    shown,
     write_manifest,
 )
 from jaxpar.saved_files import REMEDY, check_files, read_content, step_of
@@ -101,7 +100,9 @@ class Checkpoints:
         self._finishing: threading.Thread | None = None
         self._failed: Exception | None = None
         self._has_saved = False
-        with _named(f"The checkpoint folder {self.directory} can't be made"):
+        # Begun, and not known to be whole.
+        self._unfinished: int | None = None
+        with explained(f"The checkpoint folder {self.directory} can't be made"):
             self.directory.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Checkpoints":
@@ -159,7 +160,7 @@ class Checkpoints:
             "processes": jax.process_count(),
         }
         _all_ready(lambda: self._get_ready(number, sum(leaf.nbytes for leaf in leaves.values())))
-        with _named(f"Step {number} can't be saved in {self.directory}"):
+        with explained(f"Step {number} can't be saved in {self.directory}"):
             response = _orbax().save_async(self._folder(number), leaves, overwrite=True)
         self._finishing = threading.Thread(target=self._finish, args=(response, number, content), daemon=True)
         self._finishing.start()
@@ -176,7 +177,9 @@ class Checkpoints:
             self._finishing = None
         failed, self._failed = self._failed, None
         if failed is not None:
-            raise CheckpointError(f"A checkpoint in {self.directory} can't be written: {failed}.") from failed
+            raise CheckpointError(
+                f"A checkpoint in {self.directory} can't be written: {tell_cause(failed)}."
+            ) from failed
         # A folder that is only read from keeps what it has.
         if self._has_saved and self.keep and jax.process_index() == 0:
             for step in self.steps[: -self.keep]:
@@ -218,7 +221,7 @@ class Checkpoints:
         content, wanted = read_content(folder), leaves_of(like)
         check_leaves(content["leaves"], like, name)
         check_files(folder, wanted, sum(size_of(leaf) for leaf in wanted.values()))
-        with _named(f"{name} can't be read", f" Restore another one, or {REMEDY}."):
+        with explained(f"{name} can't be read", f" Restore another one, or {REMEDY}."):
             check_stored(_orbax().metadata(folder).metadata, content["leaves"], chosen)
             numbers = {path: abstract_leaf(leaf) for path, leaf in wanted.items() if leaf.size}
             loaded = check_loaded(_orbax().load(folder, numbers), numbers, name)
@@ -261,17 +264,30 @@ class Checkpoints:
                 write_manifest(self._folder(number), content)
             self._has_saved = True
         except Exception as error:  # told by the next call, in the thread that can do something about it
-            self._failed = error
+            self._failed, self._unfinished = error, number
 
     def _get_ready(self, number: int, size: int) -> None:
         """Waits for the save before, and sees that this one can be made; raises CheckpointError."""
         self.wait()
-        with _named(f"Step {number} can't be saved in {self.directory}"):
+        with explained(f"Step {number} can't be saved in {self.directory}"):
+            if jax.process_index() == 0:
+                self._clear_up()
+            if self._folder(number).is_symlink():
+                raise CheckpointError(
+                    f"Step {number} can't be saved: {self._folder(number)} is a link, to a folder elsewhere; remove it."
+                )
             self._check_folder(size)
-            if not self._has_saved and jax.process_index() == 0:
-                # What a save that was cut off has left; only the one that writes clears up.
-                for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
+
+    def _clear_up(self) -> None:
+        """Removes what a save that failed or was cut off has left: it takes room. Only the one that writes does so."""
+        left = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+        if self._unfinished is not None and not (self._folder(self._unfinished) / NAME).exists():
+            left.append(self._folder(self._unfinished))
+        self._unfinished = None
+        for path in left:
+            if path.is_symlink():
+                path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
 
     def _check_folder(self, size: int) -> None:
         """Raises OSError or CheckpointError unless the folder takes files, and so much of them.
@@ -296,6 +312,7 @@ def _orbax() -> Any:
     # It takes a second to import.
     from orbax.checkpoint import v1
 
+    hush_orbax()
     return v1
 
 
@@ -352,17 +369,3 @@ def _agree(choose: Callable[[], int]) -> int:
     if chosen < 0:
         raise error or CheckpointError("The first process found no checkpoint to restore; it says why.")
     return chosen
-
-
-@contextlib.contextmanager
-def _named(what: str, then: str = "") -> Any:
-    """Errors of the system and of Orbax, as one of ours that says what couldn't be done, and what to do."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{what}: {error.strerror or error}.{then}") from error
-    except Exception as error:
-        told = shown((str(error).splitlines() or [""])[0][:300])
-        raise CheckpointError(f"{what}: {type(error).__name__}: {told}.{then}") from error

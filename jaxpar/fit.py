@@ -209,6 +209,9 @@ class _Run:
         """
         if self.options.checkpoint is None:
             return True
+        with _warned():
+            # One that failed since must not keep this one from being made.
+            self.options.checkpoint.wait()
         with _warned() as failed:
             self.options.checkpoint.save(state, step=number, data=place, force=True)
             if self.preemption.asked() or number == self.options.steps:
