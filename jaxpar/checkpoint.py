@@ -16,15 +16,15 @@ import numpy as np
 from jaxpar.failures import explained, hush_orbax, tell_cause
 from jaxpar.layout import format_bytes
 from jaxpar.manifest import (
-    NAME,
     ManifestError,
     check_manifest,
+    has_manifest,
     list_files,
     read_digest,
     read_manifest,
     write_manifest,
 )
-from jaxpar.saved_files import REMEDY, check_files, read_content, step_of
+from jaxpar.saved_files import REMEDY, check_files, read_content, remove, step_of
 from jaxpar.saved_leaves import (
     CheckpointError,
     abstract_leaf,
@@ -116,7 +116,7 @@ class Checkpoints:
         """The steps that are there and finished, in order."""
         try:
             found = [step_of(path.name) for path in self.directory.iterdir()]
-            return sorted(step for step in found if step is not None and (self._folder(step) / NAME).exists())
+            return sorted(step for step in found if step is not None and has_manifest(self._folder(step)))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -183,7 +183,7 @@ class Checkpoints:
         # A folder that is only read from keeps what it has.
         if self._has_saved and self.keep and jax.process_index() == 0:
             for step in self.steps[: -self.keep]:
-                shutil.rmtree(self._folder(step), ignore_errors=True)
+                remove(self._folder(step))
 
     def close(self) -> None:
         """Waits for what is being saved, and lets the folder go."""
@@ -281,13 +281,11 @@ class Checkpoints:
     def _clear_up(self) -> None:
         """Removes what a save that failed or was cut off has left: it takes room. Only the one that writes does so."""
         left = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
-        if self._unfinished is not None and not (self._folder(self._unfinished) / NAME).exists():
+        if self._unfinished is not None and not has_manifest(self._folder(self._unfinished)):
             left.append(self._folder(self._unfinished))
         self._unfinished = None
         for path in left:
-            if path.is_symlink():
-                path.unlink()
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
     def _check_folder(self, size: int) -> None:
         """Raises OSError or CheckpointError unless the folder takes files, and so much of them.

@@ -40,7 +40,11 @@ def list_files(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, int]]:
     """
     if folder.is_symlink():
         raise ManifestError(f"{shown(folder)} is a link; put the folder itself there")
-    for where, folders, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:
+        raise ManifestError(f"{shown(error.filename)} can't be read: {error.strerror}") from error
+
+    for where, folders, names in os.walk(folder, onerror=fail):
         folders.sort()
         if where.count(os.sep) - str(folder).count(os.sep) > _MOST_FOLDERS:
             raise ManifestError(
@@ -105,6 +109,14 @@ def write_manifest(folder: pathlib.Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, folder / NAME)
+
+
+def has_manifest(folder: pathlib.Path) -> bool:
+    """Returns whether a folder has a manifest, or what it has can't be seen: reading it says why."""
+    try:
+        return (folder / NAME).exists()
+    except PermissionError:
+        return True
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:

@@ -4,8 +4,10 @@ Digests tell damage, not intent: whoever can write into the folder can write dig
 keeps such a checkpoint from reading or writing elsewhere, and from filling the memory.
 """
 
+import contextlib
 import math
 import pathlib
+import shutil
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,6 +77,16 @@ def check_files(folder: pathlib.Path, leaves: dict[str, Any], size: int) -> None
                 _check_names(path, leaves, most)
     except ManifestError as error:
         raise CheckpointError(f"{error}; {REMEDY}.") from error
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a folder with all that it holds, or a link but not what it leads to; what can't be removed stays."""
+    # A folder too deep for Python's own recursion is nothing that a save has left.
+    with contextlib.suppress(OSError, RecursionError):
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_names(path: pathlib.Path, leaves: dict[str, Any], most: int) -> None:

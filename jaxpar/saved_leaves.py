@@ -59,7 +59,7 @@ def check_leaves(saved: dict[str, Any], like: Any, name: str) -> None:
         if saved[path] != [shape, dtype]:
             raise CheckpointError(
                 f"{name} has {path!r} as {tuple(saved[path][0])} {saved[path][1]}, but the state needs {tuple(shape)} "
-                f"{dtype}."
+                f"{dtype}. Is it of another model or optimizer?"
             )
 
 
@@ -96,7 +96,10 @@ def check_loaded(loaded: Any, numbers: dict[str, Any], name: str) -> Any:
         found = loaded.get(path) if isinstance(loaded, dict) else None
         if not isinstance(found, jax.Array) or (found.shape, found.dtype) != (asked.shape, asked.dtype):
             told = f"{found.shape} {found.dtype}" if isinstance(found, jax.Array) else f"a {type(found).__name__}"
-            raise CheckpointError(f"{name} gave {told} for {path!r}, but the state needs {asked.shape} {asked.dtype}.")
+            needed = f"{asked.shape} {asked.dtype}"
+            raise CheckpointError(
+                f"{name} gave {told} for {path!r}, but the state needs {needed}. Restore another one."
+            )
     return loaded
 
 
