@@ -1,18 +1,18 @@
 """Checkpoints that move: saved under one layout, restored under any other, and refused where a bit has changed."""
 
+import contextlib
 import json
 import pathlib
 import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.agreement import agree, all_ready
 from jaxpar.failures import explained, hush_orbax, tell_cause
 from jaxpar.layout import format_bytes
 from jaxpar.manifest import (
@@ -38,9 +38,21 @@ from jaxpar.saved_leaves import (
 )
 from jaxpar.state import is_key, named_leaves
 
+# A file beside the checkpoints, named by the step that a process could not write.
+_FAILED = ".jaxpar-failed"
+_GRACE_SECONDS = 2
+
 
 class CheckpointWarning(UserWarning):
     """A damaged or unfinished checkpoint was passed over."""
+
+
+class _Saving(NamedTuple):
+    """A save under way, and why it failed if it did."""
+
+    number: int
+    thread: threading.Thread
+    failed: list[Exception]
 
 
 class Restored(NamedTuple):
@@ -97,8 +109,7 @@ class Checkpoints:
             if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
                 raise CheckpointError(f"{name} is {number!r}; give a whole number, 1 or more.")
         self.directory, self.every, self.keep = pathlib.Path(directory).absolute(), int(every), keep
-        self._finishing: threading.Thread | None = None
-        self._failed: Exception | None = None
+        self._saving: _Saving | None = None
         self._has_saved = False
         # Begun, and not known to be whole.
         self._unfinished: int | None = None
@@ -159,11 +170,17 @@ class Checkpoints:
             "devices": len(next(iter(named.values())).sharding.device_set),
             "processes": jax.process_count(),
         }
-        _all_ready(lambda: self._get_ready(number, sum(leaf.nbytes for leaf in leaves.values())))
+        all_ready(lambda: self._get_ready(number, sum(leaf.nbytes for leaf in leaves.values())))
         with explained(f"Step {number} can't be saved in {self.directory}"):
             response = _orbax().save_async(self._folder(number), leaves, overwrite=True)
-        self._finishing = threading.Thread(target=self._finish, args=(response, number, content), daemon=True)
-        self._finishing.start()
+        if jax.process_index() == 0:
+            # By now all processes have seen it.
+            for path in self.directory.glob(f"*{_FAILED}"):
+                remove(path)
+        failed: list[Exception] = []
+        thread = threading.Thread(target=self._finish, args=(response, content, failed), daemon=True)
+        self._saving = _Saving(number, thread, failed)
+        thread.start()
         return True
 
     def wait(self) -> None:
@@ -172,11 +189,9 @@ class Checkpoints:
         Raises:
           CheckpointError: it can't be written.
         """
-        if self._finishing is not None:
-            self._finishing.join()
-            self._finishing = None
-        failed, self._failed = self._failed, None
-        if failed is not None:
+        saving, self._saving = self._saving, None
+        if saving is not None and (failed := self._join(saving)) is not None:
+            self._unfinished = saving.number
             raise CheckpointError(
                 f"A checkpoint in {self.directory} can't be written: {tell_cause(failed)}."
             ) from failed
@@ -191,7 +206,7 @@ class Checkpoints:
 
     def any(self) -> bool:
         """Returns whether there is a finished checkpoint: the same answer in every process."""
-        return bool(_agree(lambda: int(bool(self.steps))))
+        return bool(agree(lambda: int(bool(self.steps))))
 
     def verify(self, step: int) -> dict[str, Any]:
         """Returns what a checkpoint's manifest tells, once every file has the digest that it had when it was saved.
@@ -216,7 +231,7 @@ class Checkpoints:
           CheckpointError: there is none, it is damaged, or its leaves, shapes or dtypes are not those that are needed.
         """
         self.wait()
-        chosen = _agree(lambda: self._choose(step, verify))
+        chosen = agree(lambda: self._choose(step, verify))
         folder, name = self._folder(chosen), f"Checkpoint {chosen} in {self.directory}"
         content, wanted = read_content(folder), leaves_of(like)
         check_leaves(content["leaves"], like, name)
@@ -257,14 +272,32 @@ class Checkpoints:
         told = f": {' '.join(passed)}" if passed else "."
         raise CheckpointError(f"{self.directory} has no checkpoint that can be restored{told}")
 
-    def _finish(self, response: Any, number: int, content: dict[str, Any]) -> None:
+    def _finish(self, response: Any, content: dict[str, Any], failed: list[Exception]) -> None:
+        number = content["step"]
         try:
             response.result()
             if jax.process_index() == 0:
                 write_manifest(self._folder(number), content)
             self._has_saved = True
         except Exception as error:  # told by the next call, in the thread that can do something about it
-            self._failed, self._unfinished = error, number
+            is_first = not failed
+            failed.append(error)
+            if is_first and jax.process_count() > 1:
+                # A file that holds nothing can be made though the disk is full.
+                with contextlib.suppress(OSError):
+                    (self.directory / f"{number}{_FAILED}").touch()
+
+    def _join(self, saving: "_Saving") -> Exception | None:
+        """Waits for a save, and returns why it failed: here, or elsewhere, which Orbax learns after twenty minutes."""
+        marker = self.directory / f"{saving.number}{_FAILED}"
+        while saving.thread.is_alive():
+            saving.thread.join(1)
+            if jax.process_count() > 1 and marker.exists() and saving.thread.is_alive():
+                saving.thread.join(_GRACE_SECONDS)
+                if not saving.failed:
+                    saving.failed.append(CheckpointError("another process can't, and says why"))
+                break
+        return saving.failed[0] if saving.failed else None
 
     def _get_ready(self, number: int, size: int) -> None:
         """Waits for the save before, and sees that this one can be made; raises CheckpointError."""
@@ -332,38 +365,3 @@ def _as_json(data: Any) -> Any:
         return json.loads(json.dumps(data))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"data is {data!r}; give what JSON takes: {error}.") from error
-
-
-def _all_ready(get_ready: Callable[[], None]) -> None:
-    """Raises CheckpointError in every process if one can't save: the others would wait for it."""
-    error: CheckpointError | None = None
-    try:
-        get_ready()
-    except CheckpointError as failed:
-        error = failed
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        failed_somewhere = np.any(multihost_utils.process_allgather(np.array(error is not None)))
-        if failed_somewhere and error is None:
-            raise CheckpointError("Another process can't save, and says why; none of them does.")
-    if error is not None:
-        raise error
-
-
-def _agree(choose: Callable[[], int]) -> int:
-    """What the first process chooses; it raises in every process if it does in that one."""
-    if jax.process_count() == 1:
-        return choose()
-    from jax.experimental import multihost_utils
-
-    error, chosen = None, -1
-    if jax.process_index() == 0:
-        try:
-            chosen = choose()
-        except CheckpointError as failed:
-            error = failed
-    chosen = int(multihost_utils.broadcast_one_to_all(jnp.int32(chosen)))
-    if chosen < 0:
-        raise error or CheckpointError("The first process found no checkpoint to restore; it says why.")
-    return chosen

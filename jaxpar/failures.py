@@ -31,7 +31,7 @@ def tell_cause(error: Exception) -> str:
     >>> tell_cause(ValueError("Failed to write 4 bytes to file 17: No space left on device [os_error_code='28']"))
     'No space left on device; make room, or keep fewer'
     """
-    if isinstance(error, ManifestError):
+    if isinstance(error, ManifestError | CheckpointError):
         return str(error)
     # TensorStore tells the system's number in its text.
     found = re.search(r"os_error_code='(\d+)'", str(error))

@@ -128,5 +128,5 @@ def width_of(dtype: Any) -> int:
         return 8
     try:
         return jnp.dtype(dtype).itemsize
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError, OverflowError):
         return 0

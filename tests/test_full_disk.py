@@ -8,6 +8,7 @@ import pathlib
 import resource
 import shutil
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -220,9 +221,9 @@ def test_a_run_goes_on_and_saves_again_once_it_can(disk, lying, how):
                 checkpoints.wait()
                 fail()
             if number == 7:
-                if checkpoints._finishing is not None:
+                if checkpoints._saving is not None:
                     # What is being saved meets the fault.
-                    checkpoints._finishing.join()
+                    checkpoints._saving.thread.join()
                 found["meanwhile"] = checkpoints.steps
                 mend()
 
@@ -243,3 +244,19 @@ def test_a_run_goes_on_and_saves_again_once_it_can(disk, lying, how):
         assert message.endswith("The run goes on; the checkpoints before are as they were.")
         assert "\n" not in message
     assert sorted(path.name for path in pathlib.Path(disk / "run").iterdir()) == ["10", "2", "8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_of_two_processes_one_that_finds_no_room_holds_up_neither(tmp_path, which):
+    program = pathlib.Path(__file__).parent / "full_process_program.py"
+    command = [sys.executable, "-m", "jaxpar", "launch", "-n", "2", "--", sys.executable, str(program), str(tmp_path)]
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    done = subprocess.run([*command, str(which)], env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert any(line.startswith(f"[{which}] failed 2") and "File too large; raise the limit" in line for line in lines)
+    told = f"[{1 - which}] failed 2 A checkpoint in {tmp_path} can't be written: another process can't, and says why."
+    assert told in lines
+    for index in (0, 1):
+        assert f"[{index}] whole [1, 3, 4]" in lines

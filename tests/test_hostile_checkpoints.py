@@ -4,6 +4,7 @@ No other exception leaves `restore` or `jaxpar checkpoint --verify`, nothing lar
 the folder is read or written.
 """
 
+import gc
 import json
 import os
 import pathlib
@@ -64,6 +65,12 @@ def bits(state):
     return {
         path: np.asarray(jax.random.key_data(leaf) if path == "key" else leaf).tobytes() for path, leaf in state.items()
     }
+
+
+@pytest.fixture(autouse=True)
+def _coroutines_end_here():
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +192,7 @@ TEXTS = {
     "long number": b"9" * 10_000,
     "not a number": b'{"format": NaN, "files": {}, "content": {}}',
     "infinite": b'{"format": 1e999, "files": {}, "content": {}}',
+    "no dtype": b'{"format": 1, "files": {}, "content": {"leaves": {"w": [[3, 4], "\\ud800"]}}}',
     "lone surrogate": b'{"format": 1, "files": {"\\ud800": [1, "x"]}, "content": {}}',
     "twice": b'{"format": 1, "format": 2, "files": {}, "files": [], "content": {}}',
 }
