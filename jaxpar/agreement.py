@@ -1,10 +1,14 @@
-"""What each of many processes has, told to all of them without waiting; changes with how they may ask each other."""
+"""What many processes must agree on, since one that goes on alone waits for ever; changes with how they can ask."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpar.saved_leaves import CheckpointError
 
 
 class Agreement:
@@ -41,3 +45,38 @@ class Agreement:
         """Returns the processes that haven't got it, once all have told."""
         told = np.asarray(asked.addressable_data(0))
         return tuple(process for process, has in zip(self._processes, told, strict=True) if not has)
+
+
+def all_ready(get_ready: Callable[[], None]) -> None:
+    """Raises CheckpointError in every process if one can't save: the others would wait for it."""
+    error: CheckpointError | None = None
+    try:
+        get_ready()
+    except CheckpointError as failed:
+        error = failed
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed_somewhere = np.any(multihost_utils.process_allgather(np.array(error is not None)))
+        if failed_somewhere and error is None:
+            raise CheckpointError("Another process can't save, and says why; none of them does.")
+    if error is not None:
+        raise error
+
+
+def agree(choose: Callable[[], int]) -> int:
+    """What the first process chooses; it raises in every process if it does in that one."""
+    if jax.process_count() == 1:
+        return choose()
+    from jax.experimental import multihost_utils
+
+    error, chosen = None, -1
+    if jax.process_index() == 0:
+        try:
+            chosen = choose()
+        except CheckpointError as failed:
+            error = failed
+    chosen = int(multihost_utils.broadcast_one_to_all(jnp.int32(chosen)))
+    if chosen < 0:
+        raise error or CheckpointError("The first process found no checkpoint to restore; it says why.")
+    return chosen

@@ -7,29 +7,52 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.agreement import agree, all_ready
+from jaxpar.failures import explained, hush_orbax, tell_cause
 from jaxpar.layout import format_bytes
-from jaxpar.manifest import NAME, ManifestError, check_manifest, read_digest, read_manifest, write_manifest
+from jaxpar.manifest import (
+    ManifestError,
+    check_manifest,
+    has_manifest,
+    list_files,
+    read_digest,
+    read_manifest,
+    write_manifest,
+)
+from jaxpar.saved_files import REMEDY, check_files, read_content, remove, step_of
 from jaxpar.saved_leaves import (
     CheckpointError,
     abstract_leaf,
     as_key_like,
     check_leaves,
+    check_loaded,
     check_stored,
     dtype_of,
     leaves_of,
+    size_of,
 )
 from jaxpar.state import is_key, named_leaves
+
+# A file beside the checkpoints, named by the step that a process could not write.
+_FAILED = ".jaxpar-failed"
+_GRACE_SECONDS = 2
 
 
 class CheckpointWarning(UserWarning):
     """A damaged or unfinished checkpoint was passed over."""
+
+
+class _Saving(NamedTuple):
+    """A save under way, and why it failed if it did."""
+
+    number: int
+    thread: threading.Thread
+    failed: list[Exception]
 
 
 class Restored(NamedTuple):
@@ -86,10 +109,11 @@ class Checkpoints:
             if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
                 raise CheckpointError(f"{name} is {number!r}; give a whole number, 1 or more.")
         self.directory, self.every, self.keep = pathlib.Path(directory).absolute(), int(every), keep
-        self._finishing: threading.Thread | None = None
-        self._failed: Exception | None = None
+        self._saving: _Saving | None = None
         self._has_saved = False
-        with _named(f"The checkpoint folder {self.directory} can't be made"):
+        # Begun, and not known to be whole.
+        self._unfinished: int | None = None
+        with explained(f"The checkpoint folder {self.directory} can't be made"):
             self.directory.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Checkpoints":
@@ -102,13 +126,15 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that are there and finished, in order."""
         try:
-            names = [path.name for path in self.directory.iterdir()]
+            found = [step_of(path.name) for path in self.directory.iterdir()]
+            return sorted(step for step in found if step is not None and has_manifest(self._folder(step)))
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise CheckpointError(f"The checkpoint folder {self.directory} can't be read: {error.strerror}.") from error
-        found = [int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name))]
-        return sorted(step for step in found if (self._folder(step) / NAME).exists())
+            raise CheckpointError(
+                f"The checkpoint folder {self.directory} can't be read: {error.strerror}. Give one that this user may "
+                "read."
+            ) from error
 
     def save(self, state: Any, *, step: int | None = None, data: Any = None, force: bool = False) -> bool:
         """Saves a state if its step is one to save; returns whether it does. The steps may go on meanwhile.
@@ -144,11 +170,17 @@ class Checkpoints:
             "devices": len(next(iter(named.values())).sharding.device_set),
             "processes": jax.process_count(),
         }
-        _all_ready(lambda: self._get_ready(number, sum(leaf.nbytes for leaf in leaves.values())))
-        with _named(f"Step {number} can't be saved in {self.directory}"):
+        all_ready(lambda: self._get_ready(number, sum(leaf.nbytes for leaf in leaves.values())))
+        with explained(f"Step {number} can't be saved in {self.directory}"):
             response = _orbax().save_async(self._folder(number), leaves, overwrite=True)
-        self._finishing = threading.Thread(target=self._finish, args=(response, number, content), daemon=True)
-        self._finishing.start()
+        if jax.process_index() == 0:
+            # By now all processes have seen it.
+            for path in self.directory.glob(f"*{_FAILED}"):
+                remove(path)
+        failed: list[Exception] = []
+        thread = threading.Thread(target=self._finish, args=(response, content, failed), daemon=True)
+        self._saving = _Saving(number, thread, failed)
+        thread.start()
         return True
 
     def wait(self) -> None:
@@ -157,16 +189,16 @@ class Checkpoints:
         Raises:
           CheckpointError: it can't be written.
         """
-        if self._finishing is not None:
-            self._finishing.join()
-            self._finishing = None
-        failed, self._failed = self._failed, None
-        if failed is not None:
-            raise CheckpointError(f"A checkpoint in {self.directory} can't be written: {failed}.") from failed
+        saving, self._saving = self._saving, None
+        if saving is not None and (failed := self._join(saving)) is not None:
+            self._unfinished = saving.number
+            raise CheckpointError(
+                f"A checkpoint in {self.directory} can't be written: {tell_cause(failed)}."
+            ) from failed
         # A folder that is only read from keeps what it has.
         if self._has_saved and self.keep and jax.process_index() == 0:
             for step in self.steps[: -self.keep]:
-                shutil.rmtree(self._folder(step), ignore_errors=True)
+                remove(self._folder(step))
 
     def close(self) -> None:
         """Waits for what is being saved, and lets the folder go."""
@@ -174,7 +206,7 @@ class Checkpoints:
 
     def any(self) -> bool:
         """Returns whether there is a finished checkpoint: the same answer in every process."""
-        return bool(_agree(lambda: int(bool(self.steps))))
+        return bool(agree(lambda: int(bool(self.steps))))
 
     def verify(self, step: int) -> dict[str, Any]:
         """Returns what a checkpoint's manifest tells, once every file has the digest that it had when it was saved.
@@ -185,7 +217,7 @@ class Checkpoints:
         try:
             return check_manifest(self._folder(step))
         except ManifestError as error:
-            raise CheckpointError(f"Checkpoint {step} must not be restored: {error}.") from error
+            raise CheckpointError(f"Checkpoint {step} must not be restored: {error}; {REMEDY}.") from error
 
     def restore(self, like: Any, *, step: int | None = None, verify: bool = True) -> Restored:
         """Returns the state of a checkpoint, laid out as another one is; that one's static part is kept.
@@ -199,13 +231,15 @@ class Checkpoints:
           CheckpointError: there is none, it is damaged, or its leaves, shapes or dtypes are not those that are needed.
         """
         self.wait()
-        chosen = _agree(lambda: self._choose(step, verify))
-        content = _read_content(self._folder(chosen))
-        check_leaves(content["leaves"], like, f"Checkpoint {chosen} in {self.directory}")
-        with _named(f"Checkpoint {chosen} in {self.directory} can't be read"):
-            check_stored(_orbax().metadata(self._folder(chosen)).metadata, content["leaves"], chosen)
-            wanted = {path: leaf for path, leaf in leaves_of(like).items() if leaf.size}
-            loaded = _orbax().load(self._folder(chosen), {path: abstract_leaf(leaf) for path, leaf in wanted.items()})
+        chosen = agree(lambda: self._choose(step, verify))
+        folder, name = self._folder(chosen), f"Checkpoint {chosen} in {self.directory}"
+        content, wanted = read_content(folder), leaves_of(like)
+        check_leaves(content["leaves"], like, name)
+        check_files(folder, wanted, sum(size_of(leaf) for leaf in wanted.values()))
+        with explained(f"{name} can't be read", f" Restore another one, or {REMEDY}."):
+            check_stored(_orbax().metadata(folder).metadata, content["leaves"], chosen)
+            numbers = {path: abstract_leaf(leaf) for path, leaf in wanted.items() if leaf.size}
+            loaded = check_loaded(_orbax().load(folder, numbers), numbers, name)
         empty = lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
         leaves = [
             empty(leaf) if not leaf.size else as_key_like(loaded[path], leaf) if is_key(leaf) else loaded[path]
@@ -220,7 +254,7 @@ class Checkpoints:
             try:
                 check(int(step))
             except ManifestError as error:
-                raise CheckpointError(f"Checkpoint {step} must not be restored: {error}.") from error
+                raise CheckpointError(f"Checkpoint {step} must not be restored: {error}; {REMEDY}.") from error
             except CheckpointError as error:
                 others = [other for other in self.steps if other != step]
                 raise CheckpointError(f"{error} Others in {self.directory} are {others or 'none'}.") from error
@@ -238,24 +272,53 @@ class Checkpoints:
         told = f": {' '.join(passed)}" if passed else "."
         raise CheckpointError(f"{self.directory} has no checkpoint that can be restored{told}")
 
-    def _finish(self, response: Any, number: int, content: dict[str, Any]) -> None:
+    def _finish(self, response: Any, content: dict[str, Any], failed: list[Exception]) -> None:
+        number = content["step"]
         try:
             response.result()
             if jax.process_index() == 0:
                 write_manifest(self._folder(number), content)
             self._has_saved = True
         except Exception as error:  # told by the next call, in the thread that can do something about it
-            self._failed = error
+            is_first = not failed
+            failed.append(error)
+            if is_first and jax.process_count() > 1:
+                # A file that holds nothing can be made though the disk is full.
+                with contextlib.suppress(OSError):
+                    (self.directory / f"{number}{_FAILED}").touch()
+
+    def _join(self, saving: "_Saving") -> Exception | None:
+        """Waits for a save, and returns why it failed: here, or elsewhere, which Orbax learns after twenty minutes."""
+        marker = self.directory / f"{saving.number}{_FAILED}"
+        while saving.thread.is_alive():
+            saving.thread.join(1)
+            if jax.process_count() > 1 and marker.exists() and saving.thread.is_alive():
+                saving.thread.join(_GRACE_SECONDS)
+                if not saving.failed:
+                    saving.failed.append(CheckpointError("another process can't, and says why"))
+                break
+        return saving.failed[0] if saving.failed else None
 
     def _get_ready(self, number: int, size: int) -> None:
         """Waits for the save before, and sees that this one can be made; raises CheckpointError."""
         self.wait()
-        with _named(f"Step {number} can't be saved in {self.directory}"):
+        with explained(f"Step {number} can't be saved in {self.directory}"):
+            if jax.process_index() == 0:
+                self._clear_up()
+            if self._folder(number).is_symlink():
+                raise CheckpointError(
+                    f"Step {number} can't be saved: {self._folder(number)} is a link, to a folder elsewhere; remove it."
+                )
             self._check_folder(size)
-            if not self._has_saved and jax.process_index() == 0:
-                # What a save that was cut off has left; only the one that writes clears up.
-                for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
+
+    def _clear_up(self) -> None:
+        """Removes what a save that failed or was cut off has left: it takes room. Only the one that writes does so."""
+        left = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+        if self._unfinished is not None and not has_manifest(self._folder(self._unfinished)):
+            left.append(self._folder(self._unfinished))
+        self._unfinished = None
+        for path in left:
+            remove(path)
 
     def _check_folder(self, size: int) -> None:
         """Raises OSError or CheckpointError unless the folder takes files, and so much of them.
@@ -280,6 +343,7 @@ def _orbax() -> Any:
     # It takes a second to import.
     from orbax.checkpoint import v1
 
+    hush_orbax()
     return v1
 
 
@@ -289,12 +353,11 @@ def describe_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       CheckpointError: it has no manifest that can be read.
     """
+    content = read_content(folder)
     try:
-        content = read_manifest(folder)
+        return {**content, "bytes": sum(size for _, size in list_files(folder)), "digest": read_digest(folder)}
     except ManifestError as error:
-        raise CheckpointError(f"{error}.") from error
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {**content, "bytes": size, "digest": read_digest(folder)}
+        raise CheckpointError(f"{error}; {REMEDY}.") from error
 
 
 def _as_json(data: Any) -> Any:
@@ -302,64 +365,3 @@ def _as_json(data: Any) -> Any:
         return json.loads(json.dumps(data))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"data is {data!r}; give what JSON takes: {error}.") from error
-
-
-def _all_ready(get_ready: Callable[[], None]) -> None:
-    """Raises CheckpointError in every process if one can't save: the others would wait for it."""
-    error: CheckpointError | None = None
-    try:
-        get_ready()
-    except CheckpointError as failed:
-        error = failed
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        failed_somewhere = np.any(multihost_utils.process_allgather(np.array(error is not None)))
-        if failed_somewhere and error is None:
-            raise CheckpointError("Another process can't save, and says why; none of them does.")
-    if error is not None:
-        raise error
-
-
-def _agree(choose: Callable[[], int]) -> int:
-    """What the first process chooses; it raises in every process if it does in that one."""
-    if jax.process_count() == 1:
-        return choose()
-    from jax.experimental import multihost_utils
-
-    error, chosen = None, -1
-    if jax.process_index() == 0:
-        try:
-            chosen = choose()
-        except CheckpointError as failed:
-            error = failed
-    chosen = int(multihost_utils.broadcast_one_to_all(jnp.int32(chosen)))
-    if chosen < 0:
-        raise error or CheckpointError("The first process found no checkpoint to restore; it says why.")
-    return chosen
-
-
-def _read_content(folder: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = read_manifest(folder)
-    except ManifestError as error:
-        raise CheckpointError(f"{error}.") from error
-    leaves = content.get("leaves")
-    is_leaf = lambda entry: isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)
-    if not isinstance(leaves, dict) or not all(map(is_leaf, leaves.values())):
-        raise CheckpointError(f"The manifest in {folder} lists no leaves.")
-    return content
-
-
-@contextlib.contextmanager
-def _named(what: str) -> Any:
-    """Errors of the system and of Orbax, as one of ours that says what couldn't be done."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{what}: {error.strerror or error}.") from error
-    except Exception as error:
-        told = (str(error).splitlines() or [""])[0][:300]
-        raise CheckpointError(f"{what}: {type(error).__name__}: {told}.") from error

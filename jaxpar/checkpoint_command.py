@@ -6,11 +6,10 @@ import math
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from jaxpar.checkpoint import CheckpointError, describe_checkpoint
 from jaxpar.layout import format_bytes
 from jaxpar.manifest import ManifestError, check_manifest
+from jaxpar.saved_files import REMEDY, step_of, width_of
 from jaxpar.tables import Table, align
 from jaxpar.usage import UsageError
 
@@ -24,7 +23,8 @@ def list_checkpoints(options: argparse.Namespace) -> int:
     directory = pathlib.Path(options.directory)
     if not directory.is_dir():
         raise UsageError(f"{directory} is no folder; give one that holds checkpoints.")
-    folders = sorted((path for path in directory.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    steps = sorted(step for path in directory.iterdir() if (step := step_of(path.name)) is not None)
+    folders = [directory / str(step) for step in steps]
     if not folders:
         raise UsageError(f"{directory} holds no checkpoints.")
     found = [_describe(folder, options.verify) for folder in folders]
@@ -42,9 +42,11 @@ def _describe(folder: pathlib.Path, verify: bool) -> dict[str, Any]:
         told = describe_checkpoint(folder)
         if verify:
             check_manifest(folder)
-    except (CheckpointError, ManifestError) as error:
+    except CheckpointError as error:
         return {"step": int(folder.name), "error": str(error).rstrip(".")}
-    size = sum(math.prod(shape) * _width(dtype) for shape, dtype in told["leaves"].values())
+    except ManifestError as error:
+        return {"step": int(folder.name), "error": f"{error}; {REMEDY}"}
+    size = sum(math.prod(shape) * width_of(dtype) for shape, dtype in told["leaves"].values())
     return {
         "step": int(folder.name),
         "bytes": told["bytes"],
@@ -56,11 +58,6 @@ def _describe(folder: pathlib.Path, verify: bool) -> dict[str, Any]:
         "verified": verify,
         "error": None,
     }
-
-
-def _width(dtype: str) -> int:
-    # A random key is two words of threefry.
-    return 8 if dtype.startswith("key") else np.dtype(dtype).itemsize if dtype != "bfloat16" else 2
 
 
 def _row(told: dict[str, Any]) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import jax
 # What `jaxpar launch` tells each process that it starts.
 ADDRESS, COUNT, INDEX = "JAXPAR_ADDRESS", "JAXPAR_PROCESSES", "JAXPAR_PROCESS"
 LAUNCHER = "JAXPAR_LAUNCHER"
-_HEARTBEAT_SECONDS = 30
 
 
 class DistributedError(RuntimeError):
@@ -18,13 +17,18 @@ class DistributedError(RuntimeError):
 
 
 def initialize(
-    address: str | None = None, count: int | None = None, index: int | None = None, *, bind: str | None = None
+    address: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    *,
+    bind: str | None = None,
+    heartbeat: int = 30,
 ) -> tuple[int, int]:
     """Returns `(index, count)` of this process, joined with the others; call it before anything else of JAX.
 
     Under `jaxpar launch`, on Cloud TPU, and under Slurm, MPI or Kubernetes, where JAX finds the others by itself, it
     takes no arguments. Elsewhere give all three, alike in all processes but for the index. In one process of its own it
-    does nothing. A process that is dead or hangs ends all others within half a minute.
+    does nothing. Once all have joined, one that is dead or hangs ends all others within the heartbeat and ten seconds.
 
     The first process listens at its address alone, where JAX by itself would at every one that the host has. There is
     no authentication: whoever reaches that port can end the job. Keep it inside of your own network.
@@ -34,6 +38,7 @@ def initialize(
       count: how many processes.
       index: which of them this is, from 0.
       bind: where the first process listens, if not at `address`.
+      heartbeat: seconds of silence after which a process is given up, and the others end.
 
     Raises:
       DistributedError: some but not all of the three are given, one can't be, or the others didn't answer.
@@ -41,6 +46,8 @@ def initialize(
     >>> initialize()
     (0, 1)
     """
+    if isinstance(heartbeat, bool) or not isinstance(heartbeat, int) or heartbeat < 1:
+        raise DistributedError(f"heartbeat is {heartbeat!r}; give whole seconds, 1 or more.")
     given = {"address": address, "count": count, "index": index}
     if ADDRESS in os.environ and not any(value is not None for value in given.values()):
         if COUNT not in os.environ or INDEX not in os.environ:
@@ -51,13 +58,13 @@ def initialize(
             threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
-        return _join_detected()
+        return _join_detected(heartbeat)
     if missing:
         raise DistributedError(f"{', '.join(missing)} is missing: give address, count and index, or none of them.")
-    return _join(str(address), count, index, bind)
+    return _join(str(address), count, index, bind=bind, heartbeat=heartbeat)
 
 
-def _join(address: str, count: object, index: object, bind: str | None) -> tuple[int, int]:
+def _join(address: str, count: object, index: object, *, bind: str | None, heartbeat: int) -> tuple[int, int]:
     if not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", address):
         raise DistributedError(f"address is {address!r}; give a host and a port, as '10.0.0.1:1234'.")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -73,7 +80,7 @@ def _join(address: str, count: object, index: object, bind: str | None) -> tuple
             count,
             index,
             coordinator_bind_address=bind or address,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=heartbeat,
             cluster_detection_method="deactivate",
         )
     except Exception as error:
@@ -84,11 +91,11 @@ def _join(address: str, count: object, index: object, bind: str | None) -> tuple
     return index, count
 
 
-def _join_detected() -> tuple[int, int]:
+def _join_detected(heartbeat: int) -> tuple[int, int]:
     if jax.distributed.is_initialized():
         return jax.process_index(), jax.process_count()
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
     except (ValueError, RuntimeError) as error:
         if not _is_in_cluster():
             # This process is alone.

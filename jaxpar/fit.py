@@ -133,7 +133,7 @@ class _Run:
             if number < options.steps and failed is None:
                 # While the devices are at work.
                 batch = self._draw(source, put, number, state, place)
-            stop = self.preemption.asked(number)
+            stop = self.preemption.asked()
             if failed is None and (stop or number == options.steps or self._is_due(number)):
                 failed = self._tell_late()
                 if failed is None:
@@ -210,9 +210,12 @@ class _Run:
         """
         if self.options.checkpoint is None:
             return True
+        with _warned():
+            # One that failed since must not keep this one from being made.
+            self.options.checkpoint.wait()
         with _warned() as failed:
             self.options.checkpoint.save(state, step=number, data=place, force=True)
-            if self.preemption.asked(number) or number == self.options.steps:
+            if self.preemption.asked() or number == self.options.steps:
                 self.options.checkpoint.wait()
         return not failed
 

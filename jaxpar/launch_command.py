@@ -18,6 +18,8 @@ from jaxpar.usage import UsageError
 _ADDRESS, _COUNT, _INDEX = "JAXPAR_ADDRESS", "JAXPAR_PROCESSES", "JAXPAR_PROCESS"
 _LAUNCHER = "JAXPAR_LAUNCHER"
 _GRACE_SECONDS = 10
+# Of a process that has saved and left after a SIGTERM.
+_ASKED = 143
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -82,6 +84,9 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
             code = processes[failed].returncode
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
             print(f"jaxpar: process {failed} ended {how}; the others are ended too", file=sys.stderr, flush=True)
+            if code == _ASKED:
+                # The others have agreed to stop at the same step; a second SIGTERM would end them before they save.
+                _wait_for(processes)
             _end(processes)
             return _code_of(processes[failed])
         time.sleep(0.05)
@@ -97,13 +102,18 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for one in processes:
         if one.poll() is None:
             _signal(one, signal.SIGTERM)
-    end = time.monotonic() + _GRACE_SECONDS
-    while any(one.poll() is None for one in processes) and time.monotonic() < end:
-        time.sleep(0.05)
+    _wait_for(processes)
     for one in processes:
         # A stopped process takes no other signal.
         _signal(one, signal.SIGKILL)
         one.wait()
+
+
+def _wait_for(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Waits until all have ended, at most as long as they are given."""
+    end = time.monotonic() + _GRACE_SECONDS
+    while any(one.poll() is None for one in processes) and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:

@@ -1,18 +1,90 @@
-"""What a folder holds, written down beside it with a digest of each file; and whether it still does."""
+"""What a folder holds, written down beside it with a digest of each file; and whether it still does.
+
+What is read may have been made to do harm: nothing outside the folder is opened, and nothing large is taken in.
+"""
 
 import concurrent.futures
 import hashlib
 import json
 import os
 import pathlib
+import stat
+from collections.abc import Iterator
 from typing import Any
 
 NAME = "jaxpar-manifest.json"
 _FORMAT = 1
+# Of 200,000 files; what is read of JSON takes up to twenty times as much memory.
+_MOST_BYTES = 2**25
+_MOST_FOLDERS = 16
 
 
 class ManifestError(ValueError):
     """A folder that isn't as its manifest says, or has none: the message names the file."""
+
+
+def shown(name: object) -> str:
+    r"""Returns a name as a message may hold it, whatever bytes or control characters are in it.
+
+    >>> shown("state/d/1"), shown("bad\udcff\n")
+    ('state/d/1', "'bad\\udcff\\n'")
+    """
+    return str(name) if str(name).isprintable() else ascii(str(name))
+
+
+def list_files(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, int]]:
+    """Yields each file of a folder, by name, and its bytes.
+
+    Raises:
+      ManifestError: one is a link, which may lead out of the folder, or a device or pipe, which may have no end.
+    """
+    if folder.is_symlink():
+        raise ManifestError(f"{shown(folder)} is a link; put the folder itself there")
+
+    def fail(error: OSError) -> None:
+        raise ManifestError(f"{shown(error.filename)} can't be read: {error.strerror}") from error
+
+    for where, folders, names in os.walk(folder, onerror=fail):
+        folders.sort()
+        if where.count(os.sep) - str(folder).count(os.sep) > _MOST_FOLDERS:
+            raise ManifestError(
+                f"{shown(where)} lies more than {_MOST_FOLDERS} folders deep, as nothing of Orbax's does"
+            )
+        for name in sorted([*folders, *names]):
+            path = pathlib.Path(where, name)
+            try:
+                found = path.lstat()
+            except OSError as error:
+                raise ManifestError(f"{shown(path)} can't be read: {error.strerror}") from error
+            if stat.S_ISREG(found.st_mode):
+                yield path, found.st_size
+            elif not stat.S_ISDIR(found.st_mode):
+                what = "a link" if stat.S_ISLNK(found.st_mode) else "no plain file"
+                raise ManifestError(f"{shown(path)} is {what}; a checkpoint holds plain files alone")
+
+
+def read_json(path: pathlib.Path, most: int) -> Any:
+    """Returns what a JSON file of at most so many bytes holds.
+
+    Raises:
+      FileNotFoundError: it isn't there.
+      ManifestError: it can't be read, is no plain file, is too large or no JSON.
+    """
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ManifestError(f"{shown(path)} is no plain file")
+        if found.st_size > most:
+            raise ManifestError(f"{shown(path)} has {found.st_size} bytes, but {most} at most are read")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ManifestError(f"{shown(path)} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(f"{shown(path)} can't be read: it is no JSON: {shown(error)}") from error
 
 
 def write_manifest(folder: pathlib.Path, content: dict[str, Any]) -> None:
@@ -29,12 +101,22 @@ def write_manifest(folder: pathlib.Path, content: dict[str, Any]) -> None:
     files = {name: [path.stat().st_size, digest] for name, path, digest in _digest(folder)}
     told = {"format": _FORMAT, "files": files, "content": content}
     text = json.dumps({**told, "digest": _digest_of(told)}, indent=1)
+    if len(text) > _MOST_BYTES:
+        raise ManifestError(f"{shown(folder / NAME)} would have {len(text)} bytes, but {_MOST_BYTES} at most are read")
     part = folder / f"{NAME}.part"
     with part.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, folder / NAME)
+
+
+def has_manifest(folder: pathlib.Path) -> bool:
+    """Returns whether a folder has a manifest, or what it has can't be seen: reading it says why."""
+    try:
+        return (folder / NAME).exists()
+    except PermissionError:
+        return True
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
@@ -62,30 +144,27 @@ def check_manifest(folder: pathlib.Path) -> dict[str, Any]:
       ManifestError: there is none, it is damaged, or a file is missing, new or changed.
     """
     read = _read(folder)
-    told, found = read["files"], dict(_files_of(folder))
+    told, found = read["files"], _files_of(folder)
     for name in sorted(set(told) ^ set(found)):
-        raise ManifestError(f"{folder / name} is {'missing' if name in told else 'not of the checkpoint'}")
-    for name, path in found.items():
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise ManifestError(f"{path} can't be read: {error.strerror}") from error
+        what = "missing" if name in told else "not of the checkpoint"
+        raise ManifestError(f"{shown(folder / name)} is {what}")
+    for name, (path, size) in found.items():
         if size != told[name][0]:
-            raise ManifestError(f"{path} has {size} bytes, but had {told[name][0]} when it was saved")
+            raise ManifestError(f"{shown(path)} has {size} bytes, but had {told[name][0]} when it was saved")
     for name, path, digest in _digest(folder):
         if digest != told[name][1]:
-            raise ManifestError(f"{path} has changed since it was saved: its SHA-256 digest is another")
+            raise ManifestError(f"{shown(path)} has changed since it was saved: its SHA-256 digest is another")
     return read["content"]
 
 
 def _read(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / NAME
+    if folder.is_symlink():
+        raise ManifestError(f"{shown(folder)} is a link; put the folder itself there")
     try:
-        read = json.loads(path.read_text())
+        read = read_json(path, _MOST_BYTES)
     except FileNotFoundError:
-        raise ManifestError(f"{folder} has no {NAME}: its save was not finished") from None
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path} can't be read: {error}") from error
+        raise ManifestError(f"{shown(folder)} has no {NAME}: its save was not finished") from None
     is_file = lambda entry: isinstance(entry, list) and [type(part) for part in entry] == [int, str]
     files = read.get("files") if isinstance(read, dict) else None
     if (
@@ -93,11 +172,17 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
         or not all(map(is_file, files.values()))
         or not isinstance(read.get("content"), dict)
     ):
-        raise ManifestError(f"{path} is damaged: it doesn't list files and their digests")
+        raise ManifestError(f"{shown(path)} is damaged: it doesn't list files and their digests")
     if read.get("format") != _FORMAT:
-        raise ManifestError(f"{path} has format {read.get('format')!r}; this jaxpar reads {_FORMAT}")
-    if read.pop("digest", None) != _digest_of(read):
-        raise ManifestError(f"{path} has changed since it was written: its own digest is another")
+        raise ManifestError(
+            f"{shown(path)} has format {shown(repr(read.get('format'))[:100])}; this jaxpar reads {_FORMAT}"
+        )
+    try:
+        digest = _digest_of({name: told for name, told in read.items() if name != "digest"})
+    except RecursionError:
+        raise ManifestError(f"{shown(path)} is damaged: it is nested too deeply") from None
+    if read.pop("digest", None) != digest:
+        raise ManifestError(f"{shown(path)} has changed since it was written: its own digest is another")
     return read
 
 
@@ -105,10 +190,9 @@ def _digest_of(told: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _files_of(folder: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
-    named = ((path.relative_to(folder).as_posix(), path) for path in paths)
-    return [(name, path) for name, path in named if name not in (NAME, f"{NAME}.part")]
+def _files_of(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, int]]:
+    named = {path.relative_to(folder).as_posix(): (path, size) for path, size in list_files(folder)}
+    return {name: found for name, found in named.items() if name not in (NAME, f"{NAME}.part")}
 
 
 def _digest(folder: pathlib.Path) -> list[tuple[str, pathlib.Path, str]]:
@@ -117,9 +201,9 @@ def _digest(folder: pathlib.Path) -> list[tuple[str, pathlib.Path, str]]:
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise ManifestError(f"{path} can't be read: {error.strerror}") from error
+            raise ManifestError(f"{shown(path)} can't be read: {error.strerror}") from error
 
     files = _files_of(folder)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = pool.map(digest, (path for _, path in files))
-        return [(name, path, found) for (name, path), found in zip(files, digests, strict=True)]
+        digests = pool.map(digest, (path for path, _ in files.values()))
+        return [(name, path, found) for (name, (path, _)), found in zip(files.items(), digests, strict=True)]

@@ -1,8 +1,11 @@
 """Being asked to end: a SIGTERM is noticed at once, and obeyed when the state is safe; changes with how hosts ask."""
 
+import ctypes
+import itertools
 import os
 import signal
 import socket
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -11,28 +14,36 @@ import jax
 
 CODE = 143  # what a shell tells of a process that SIGTERM ended: 128 + 15
 
+# JAX stops all processes at the number after the highest that any has given it, 0 before the first: a run that goes on
+# from step 90 and gives its steps never sees 1. Nor may numbers go back, as steps do after a loss that is no number.
+_asked_before = itertools.count(1)
+
 
 class Preemption:
     """Notices SIGTERM while it is open; a second one ends the process at once.
 
-    In many processes JAX notices it itself, and all of them learn at which step to stop. In one, a thread of its own
-    notices it even while the main thread compiles: if nothing would be lost, the process ends there and then. Outside
-    the main thread, where Python takes no signals, nothing is noticed.
+    In many processes JAX notices it itself, and all of them learn at which step to stop: the one after that which they
+    are at, so that a compile or an evaluation comes to its end first. In one, a thread of its own notices it even while
+    the main thread compiles: if nothing would be lost, the process ends there and then. Outside the main thread, where
+    Python takes no signals, nothing is noticed.
 
     >>> with Preemption() as preemption:
-    ...     preemption.asked(1)
+    ...     preemption.asked()
     False
     """
 
     def __init__(self) -> None:
         self._asked = threading.Event()
         self._is_safe = False
+        self._all_stop = False
         self._before: Any = None
         self._wakeup = -1
         self._sockets: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> "Preemption":
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        if jax.process_count() > 1:
+            _end_at_the_second()
+        elif threading.current_thread() is threading.main_thread():
             self._sockets = socket.socketpair()
             self._sockets[1].setblocking(False)
             self._before = signal.signal(signal.SIGTERM, self._handle)
@@ -52,12 +63,13 @@ class Preemption:
                 # It came when all was done.
                 raise SystemExit(CODE)
 
-    def asked(self, step: int) -> bool:
-        """Returns whether to stop after this step: the same answer in every process."""
+    def asked(self) -> bool:
+        """Returns whether to stop after this step: the same answer in every process, which all ask as often."""
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            return multihost_utils.reached_preemption_sync_point(step)
+            self._all_stop |= multihost_utils.reached_preemption_sync_point(next(_asked_before))
+            return self._all_stop
         return self._asked.is_set()
 
     def nothing_to_lose(self, value: bool) -> None:
@@ -84,3 +96,17 @@ class Preemption:
                 # The main thread may be where it takes no second one.
                 if noticed > 1 or (noticed and self._is_safe):
                     os._exit(CODE)
+
+
+def _end_at_the_second() -> None:
+    """Leaves the first SIGTERM to JAX's handler, which is C++ and ignores any other, and the second to the default.
+
+    Of C libraries glibc alone can set a handler for one signal and tell the one before; elsewhere a second is ignored.
+    """
+    once = getattr(ctypes.CDLL(None), "sysv_signal", None) if sys.platform == "linux" else None
+    if once is None:
+        return
+    once.restype, once.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    once(signal.SIGTERM, once(signal.SIGTERM, None))
+    # As before: gloo's and gRPC's system calls go on after a signal.
+    signal.siginterrupt(signal.SIGTERM, False)

@@ -1,10 +1,12 @@
 """The leaves of a state as a checkpoint holds them, and whether it holds those that are needed."""
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxpar.manifest import shown
 from jaxpar.state import is_key, named_leaves
 
 _KEY = "key"
@@ -27,6 +29,12 @@ def abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
 
 
+def size_of(leaf: Any) -> int:
+    """Returns the bytes of a leaf's numbers, all devices together."""
+    numbers = abstract_leaf(leaf)
+    return math.prod(numbers.shape) * numbers.dtype.itemsize
+
+
 def as_key_like(words: jax.Array, like: Any) -> jax.Array:
     """Returns random keys of the kind of another leaf, made of their words."""
     impls = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -39,35 +47,60 @@ def check_leaves(saved: dict[str, Any], like: Any, name: str) -> None:
     needed = {path: [list(leaf.shape), dtype_of(leaf)] for path, leaf in leaves_of(like).items()}
     if missing := sorted(set(needed) - set(saved)):
         raise CheckpointError(
-            f"{name} lacks {len(missing)} of {len(needed)} leaves: {', '.join(missing[:4])}; it has {len(saved)}. Is "
-            "it of another model or optimizer?"
+            f"{name} lacks {len(missing)} of {len(needed)} leaves: {shown(', '.join(missing[:4]))}; it has "
+            f"{len(saved)}. Is it of another model or optimizer?"
         )
     if more := sorted(set(saved) - set(needed)):
         raise CheckpointError(
-            f"{name} has {len(more)} leaves that the state lacks: {', '.join(more[:4])}. Is it of another model or "
-            "optimizer?"
+            f"{name} has {len(more)} leaves that the state lacks: {shown(', '.join(more[:4])[:300])}. Is it of another "
+            "model or optimizer?"
         )
     for path, (shape, dtype) in needed.items():
         if saved[path] != [shape, dtype]:
             raise CheckpointError(
                 f"{name} has {path!r} as {tuple(saved[path][0])} {saved[path][1]}, but the state needs {tuple(shape)} "
-                f"{dtype}."
+                f"{dtype}. Is it of another model or optimizer?"
             )
 
 
 def check_stored(metadata: Any, leaves: dict[str, Any], step: int) -> None:
-    """Raises CheckpointError unless Orbax's metadata tells the manifest's shapes and dtypes; nothing is made yet."""
+    """Raises CheckpointError unless Orbax's metadata tells the manifest's shapes and dtypes; nothing is made yet.
+
+    Nor may a part be larger than its array: it would be unpacked whole.
+    """
     for path, (shape, dtype) in leaves.items():
         if 0 in shape:
             continue
         found = metadata.get(path) if isinstance(metadata, dict) else None
         numbers = "uint32" if dtype.startswith(_KEY) else dtype
-        inner = shape if not dtype.startswith(_KEY) else list(found.shape) if found is not None else []
-        if found is None or list(found.shape) != inner or str(np.dtype(found.dtype)) != numbers:
-            told = "nothing" if found is None else f"{tuple(found.shape)} {np.dtype(found.dtype)}"
+        stored = None if found is None else tuple(found.shape)
+        # A key's own numbers follow its shape.
+        is_shape = stored is not None and list(stored[: len(shape)] if dtype.startswith(_KEY) else stored) == shape
+        if found is None or not is_shape or str(np.dtype(found.dtype)) != numbers:
+            told = "nothing" if found is None else f"{stored} {np.dtype(found.dtype)}"
             raise CheckpointError(
-                f"Checkpoint {step} stores {told} as {path!r}, but its manifest says {shape} {dtype}."
+                f"Checkpoint {step} stores {told} as {path!r}, but its manifest says {shape} {dtype}. "
+                "Restore another one."
             )
+        parts = tuple(getattr(found.storage_metadata, "chunk_shape", None) or ())
+        if len(parts) > len(found.shape) or any(part > size for part, size in zip(parts, found.shape, strict=False)):
+            raise CheckpointError(
+                f"Checkpoint {step} stores {path!r} in parts of {parts}, but the whole of it is {stored}. "
+                "Restore another one."
+            )
+
+
+def check_loaded(loaded: Any, numbers: dict[str, Any], name: str) -> Any:
+    """Returns what was loaded; raises CheckpointError unless it has the shapes and dtypes that were asked for."""
+    for path, asked in numbers.items():
+        found = loaded.get(path) if isinstance(loaded, dict) else None
+        if not isinstance(found, jax.Array) or (found.shape, found.dtype) != (asked.shape, asked.dtype):
+            told = f"{found.shape} {found.dtype}" if isinstance(found, jax.Array) else f"a {type(found).__name__}"
+            needed = f"{asked.shape} {asked.dtype}"
+            raise CheckpointError(
+                f"{name} gave {told} for {path!r}, but the state needs {needed}. Restore another one."
+            )
+    return loaded
 
 
 def leaves_of(state: Any) -> dict[str, Any]:

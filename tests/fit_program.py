@@ -1,6 +1,7 @@
-"""A run of `fit` as a program of its own, to be killed: python fit_program.py FOLDER STEPS [axes] [pause] [when].
+"""A run of `fit` as a program of its own, to be killed: fit_program.py FOLDER STEPS [axes] [pause] [when] [heartbeat].
 
-Under `jaxpar launch` its four devices lie on as many processes.
+Under `jaxpar launch` its four devices lie on as many processes. `when` is what takes the pause: compiling, or
+evaluating, or else each step.
 """
 
 import json
@@ -34,17 +35,20 @@ def make_strategy(axes):
     return jaxpar.sharded(mesh, *(rules[axis] for axis in ("model", "fsdp") if axis in mesh.shape))
 
 
-def main(folder, steps, axes="fsdp=4", pause=0.0, when=""):
+def main(folder, steps, axes="fsdp=4", pause=0.0, when="", heartbeat=30):
     jax.config.update("jax_num_cpu_devices", 4 // int(os.environ.get("JAXPAR_PROCESSES", "1")))
     jax.config.update("jax_platforms", "cpu")
-    index, _ = jaxpar.initialize()
+    index, _ = jaxpar.initialize(heartbeat=heartbeat)
     strategy = make_strategy(axes)
 
-    def loss_fn(model, batch, rng):
-        if when == "compile":
-            print("compiling", flush=True)
-            time.sleep(pause)
-        return ((model(batch["x"]) - batch["x"]) ** 2).mean(-1), {}
+    def make_loss(name):
+        def loss_fn(model, batch, rng):
+            # A step is traced once, where it is compiled: as long as this, if asked to.
+            print(name, flush=True)
+            time.sleep(pause if when == name else 0)
+            return ((model(batch["x"]) - batch["x"]) ** 2).mean(-1), {}
+
+        return loss_fn
 
     def batches(step):
         part, parts = strategy.data_shard()
@@ -55,23 +59,25 @@ def main(folder, steps, axes="fsdp=4", pause=0.0, when=""):
             raise OSError("the disk is gone")
 
     def log(step, metrics):
-        if index:
+        if index or "loss" not in metrics:
             return
         with (folder / "log.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         print(step, flush=True)
-        time.sleep(pause if when != "compile" else 0)
+        time.sleep(0 if when else pause)
 
-    step = jaxpar.make_train_step(loss_fn, strategy)
+    step = jaxpar.make_train_step(make_loss("compiling"), strategy)
+    eval_step = jaxpar.make_eval_step(make_loss("evaluating"), strategy), [next(batches(0))]
     init_fn = lambda rng: jaxpar.TrainState.create(MLP(nnx.Rngs(rng)), optax.adamw(1e-2))
     state = strategy.init(init_fn, jax.random.key(0))
+    print("ready", flush=True)
     with jaxpar.Checkpoints(folder / "checkpoints", every=5) as checkpoints:
-        state = jaxpar.fit(step, state, batches, steps=steps, checkpoint=checkpoints, on_step=log)
+        more = {"eval_step": eval_step} if when == "evaluating" else {}
+        state = jaxpar.fit(step, state, batches, steps=steps, checkpoint=checkpoints, on_step=log, **more)
     print("done", int(state.step), signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)
 
 
 if __name__ == "__main__":
-    given = dict(zip(("axes", "pause", "when"), sys.argv[3:], strict=False))
-    if "pause" in given:
-        given["pause"] = float(given["pause"])
+    given = dict(zip(("axes", "pause", "when", "heartbeat"), sys.argv[3:], strict=False))
+    given |= {name: kind(given[name]) for name, kind in (("pause", float), ("heartbeat", int)) if name in given}
     main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), **given)

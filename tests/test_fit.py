@@ -462,12 +462,26 @@ def test_a_run_that_is_asked_to_end_saves_and_ends_at_once(tmp_path, whole):
 
 @pytest.mark.slow
 def test_a_run_that_compiles_ends_at_once_since_nothing_is_lost(tmp_path):
-    with running(tmp_path, 30, "fsdp=4", 60, "compile") as process:
+    with running(tmp_path, 30, "fsdp=4", 60, "compiling") as process:
         wait_for(process, "compiling")
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         assert process.wait(30) == 143
         assert time.monotonic() - began < 5
+
+
+@pytest.mark.slow
+def test_a_run_that_evaluates_ends_at_once_since_its_step_is_saved(tmp_path, whole):
+    with running(tmp_path, 30, "fsdp=4", 60, "evaluating") as process:
+        wait_for(process, "evaluating")
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(30) == 143
+        assert time.monotonic() - began < 5
+    finish(tmp_path, 30)
+    rows = log_of(tmp_path)
+    assert [number for number, _ in rows] == list(range(1, 31))
+    assert dict(rows) == whole
 
 
 @pytest.mark.slow
