@@ -70,13 +70,28 @@ def agree(choose: Callable[[], int]) -> int:
         return choose()
     from jax.experimental import multihost_utils
 
-    error, chosen = None, -1
+    error: Exception | None = None
+    chosen = -1
     if jax.process_index() == 0:
         try:
             chosen = choose()
-        except CheckpointError as failed:
+        except Exception as failed:  # whatever it is: the others wait
             error = failed
     chosen = int(multihost_utils.broadcast_one_to_all(jnp.int32(chosen)))
     if chosen < 0:
         raise error or CheckpointError("The first process found no checkpoint to restore; it says why.")
     return chosen
+
+
+def gather(text: str) -> list[str]:
+    """Returns what each process says, by its index."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    said = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(said.size)).ravel()
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: said.size] = said
+    all_said = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes().decode() for row, size in zip(all_said, sizes, strict=True)]

@@ -110,7 +110,8 @@ class Checkpoints:
                 raise CheckpointError(f"{name} is {number!r}; give a whole number, 1 or more.")
         self.directory, self.every, self.keep = pathlib.Path(directory).absolute(), int(every), keep
         self._saving: _Saving | None = None
-        self._has_saved = False
+        # What is of this run is not pruned before what was there already, whose steps may be later ones.
+        self._written: set[int] = set()
         # Begun, and not known to be whole.
         self._unfinished: int | None = None
         with explained(f"The checkpoint folder {self.directory} can't be made"):
@@ -196,17 +197,18 @@ class Checkpoints:
                 f"A checkpoint in {self.directory} can't be written: {tell_cause(failed)}."
             ) from failed
         # A folder that is only read from keeps what it has.
-        if self._has_saved and self.keep and jax.process_index() == 0:
-            for step in self.steps[: -self.keep]:
+        if self._written and self.keep and jax.process_index() == 0:
+            for step in sorted(self.steps, key=lambda step: (step in self._written, step))[: -self.keep]:
                 remove(self._folder(step))
 
     def close(self) -> None:
         """Waits for what is being saved, and lets the folder go."""
         self.wait()
 
-    def any(self) -> bool:
-        """Returns whether there is a finished checkpoint: the same answer in every process."""
-        return bool(agree(lambda: int(bool(self.steps))))
+    def latest(self) -> int | None:
+        """Returns the latest finished checkpoint's step, None without any: the same answer in every process."""
+        found = agree(lambda: 1 + max(self.steps, default=-1))
+        return found - 1 if found else None
 
     def verify(self, step: int) -> dict[str, Any]:
         """Returns what a checkpoint's manifest tells, once every file has the digest that it had when it was saved.
@@ -230,6 +232,8 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, it is damaged, or its leaves, shapes or dtypes are not those that are needed.
         """
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer)):
+            raise CheckpointError(f"step is {step!r}; give a whole number, one of {self.steps}.")
         self.wait()
         chosen = agree(lambda: self._choose(step, verify))
         folder, name = self._folder(chosen), f"Checkpoint {chosen} in {self.directory}"
@@ -278,7 +282,7 @@ class Checkpoints:
             response.result()
             if jax.process_index() == 0:
                 write_manifest(self._folder(number), content)
-            self._has_saved = True
+            self._written.add(number)
         except Exception as error:  # told by the next call, in the thread that can do something about it
             is_first = not failed
             failed.append(error)

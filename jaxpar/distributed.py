@@ -2,8 +2,10 @@
 
 import os
 import re
+import sys
 import threading
 import time
+from typing import Any
 
 import jax
 
@@ -17,28 +19,30 @@ class DistributedError(RuntimeError):
 
 
 def initialize(
-    address: str | None = None,
-    count: int | None = None,
-    index: int | None = None,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     *,
-    bind: str | None = None,
-    heartbeat: int = 30,
+    coordinator_bind_address: str | None = None,
+    heartbeat_timeout_seconds: int = 30,
 ) -> tuple[int, int]:
-    """Returns `(index, count)` of this process, joined with the others; call it before anything else of JAX.
+    """Returns this process's id and how many there are, all joined; call it before anything else of JAX.
+
+    It is `jax.distributed.initialize`, with its names, that listens where it is told to and gives up sooner.
 
     Under `jaxpar launch`, on Cloud TPU, and under Slurm, MPI or Kubernetes, where JAX finds the others by itself, it
-    takes no arguments. Elsewhere give all three, alike in all processes but for the index. In one process of its own it
-    does nothing. Once all have joined, one that is dead or hangs ends all others within the heartbeat and ten seconds.
+    takes no arguments. Elsewhere give all three, alike in all processes but for `process_id`. Alone it does nothing.
+    Once all have joined, one that is dead or hangs ends all others within the heartbeat and ten seconds.
 
     The first process listens at its address alone, where JAX by itself would at every one that the host has. There is
     no authentication: whoever reaches that port can end the job. Keep it inside of your own network.
 
     Args:
-      address: of the first process, as `10.0.0.1:1234`; its port is free.
-      count: how many processes.
-      index: which of them this is, from 0.
-      bind: where the first process listens, if not at `address`.
-      heartbeat: seconds of silence after which a process is given up, and the others end.
+      coordinator_address: of the first process, as `10.0.0.1:1234`; its port is free.
+      num_processes: how many.
+      process_id: which of them this is, from 0.
+      coordinator_bind_address: where the first process listens, if not at `coordinator_address`.
+      heartbeat_timeout_seconds: seconds of silence after which a process is given up, and the others end.
 
     Raises:
       DistributedError: some but not all of the three are given, one can't be, or the others didn't answer.
@@ -46,31 +50,43 @@ def initialize(
     >>> initialize()
     (0, 1)
     """
-    if isinstance(heartbeat, bool) or not isinstance(heartbeat, int) or heartbeat < 1:
-        raise DistributedError(f"heartbeat is {heartbeat!r}; give whole seconds, 1 or more.")
-    given = {"address": address, "count": count, "index": index}
+    beat = heartbeat_timeout_seconds
+    if isinstance(beat, bool) or not isinstance(beat, int) or beat < 1:
+        raise DistributedError(f"heartbeat_timeout_seconds is {beat!r}; give whole seconds, 1 or more.")
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     if ADDRESS in os.environ and not any(value is not None for value in given.values()):
-        if COUNT not in os.environ or INDEX not in os.environ:
-            raise DistributedError(f"{ADDRESS} is set, but not {COUNT} and {INDEX}; set all of them, or none.")
-        address, count, index = os.environ[ADDRESS], int(os.environ[COUNT]), int(os.environ[INDEX])
-        given = {"address": address, "count": count, "index": index}
+        given = dict(zip(given, _read_launched(), strict=True))
         if LAUNCHER in os.environ:
             threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
-        return _join_detected(heartbeat)
+        return _join_detected(beat)
     if missing:
-        raise DistributedError(f"{', '.join(missing)} is missing: give address, count and index, or none of them.")
-    return _join(str(address), count, index, bind=bind, heartbeat=heartbeat)
+        raise DistributedError(f"{', '.join(missing)} is missing: give {', '.join(given)}, or none of them.")
+    address, count, index = given.values()
+    return _join(address, count, index, coordinator_bind_address, beat)
 
 
-def _join(address: str, count: object, index: object, *, bind: str | None, heartbeat: int) -> tuple[int, int]:
+def _read_launched() -> tuple[str, int, int]:
+    """What the launcher told this process."""
+    told = [os.environ.get(name, "") for name in (ADDRESS, COUNT, INDEX)]
+    if not (told[1].isdecimal() and told[2].isdecimal()):
+        raise DistributedError(
+            f"{ADDRESS} is set, but {COUNT} is {told[1]!r} and {INDEX} is {told[2]!r}; set all of them, or none."
+        )
+    return told[0], int(told[1]), int(told[2])
+
+
+def _join(address: Any, count: Any, index: Any, bind: str | None, heartbeat: int) -> tuple[int, int]:
+    address = str(address)
     if not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", address):
-        raise DistributedError(f"address is {address!r}; give a host and a port, as '10.0.0.1:1234'.")
+        raise DistributedError(f"coordinator_address is {address!r}; give a host and a port, as '10.0.0.1:1234'.")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise DistributedError(f"count is {count!r}; give a whole number, 1 or more.")
+        raise DistributedError(f"num_processes is {count!r}; give a whole number, 1 or more.")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
-        raise DistributedError(f"index is {index!r}; of {count} processes give a whole number from 0 to {count - 1}.")
+        raise DistributedError(
+            f"process_id is {index!r}; of {count} processes give a whole number from 0 to {count - 1}."
+        )
     if count == 1:
         return 0, 1
     _check_unused()
@@ -84,9 +100,14 @@ def _join(address: str, count: object, index: object, *, bind: str | None, heart
             cluster_detection_method="deactivate",
         )
     except Exception as error:
+        if "before any JAX" in str(error):
+            raise DistributedError(
+                f"Process {index} of {count} has used JAX already, as jax.devices() does; call jaxpar.initialize "
+                "before anything else of JAX."
+            ) from error
         raise DistributedError(
             f"Process {index} of {count} could not join at {address}: {str(error)[:300]}. Do all of them "
-            "run, with the same address and count, and can they reach it?"
+            "run, with the same coordinator_address and num_processes, and can they reach it?"
         ) from error
     return index, count
 
@@ -126,6 +147,7 @@ def _end_with(launcher: int) -> None:
         try:
             os.kill(launcher, 0)
         except OSError:
+            print(f"jaxpar: the launcher, process {launcher}, is gone: this one ends too.", file=sys.stderr, flush=True)
             os._exit(1)
         time.sleep(1)
 

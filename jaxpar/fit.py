@@ -4,7 +4,7 @@ import contextlib
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxpar.evaluation import EvalStep, evaluate
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.profiling import Profile
-from jaxpar.source import BatchesEnded, Source
+from jaxpar.source import BatchesEnded, Source, place_of_all
 from jaxpar.state import TrainState, named_leaves
 from jaxpar.step import Step
 from jaxpar.watch import OnStep, Watch, watching
@@ -82,6 +82,7 @@ def fit(
     3
     """
     _check(train_step, state, steps, eval_step, checkpoint, nonfinite)
+    _check_ends(batches, on_step)
     options = _Options(train_step, steps, eval_step, checkpoint, nonfinite)
     _check_profile(profile, steps)
     estimated = _seconds_of(estimate)
@@ -146,12 +147,13 @@ class _Run:
     def _resume(self, state: TrainState) -> tuple[TrainState, Any]:
         """The state to begin with, and the place in the data that was saved with it; None where nothing was."""
         checkpoint, number = self.options.checkpoint, int(state.step)
-        if checkpoint is None or not checkpoint.any():
+        latest = None if checkpoint is None else checkpoint.latest()
+        if checkpoint is None or latest is None:
             self.safe = 0
             return state, None
-        if number and number > max(checkpoint.steps, default=number):
+        if number > latest:
             raise FitError(
-                f"The state is at step {number}, but {checkpoint.directory} ends at {checkpoint.steps[-1]}: it would "
+                f"The state is at step {number}, but {checkpoint.directory} ends at {latest}: it would "
                 "be lost. Save it there with checkpoint.save(state, force=True), or give another folder."
             )
         state, place = self._restore(state, checkpoint)
@@ -170,11 +172,16 @@ class _Run:
         try:
             return put(source.draw(number + 1 < self.options.steps))
         except BatchesEnded as ended:
-            failed = self._tell_late()
+            failed, checkpoint = self._tell_late(), self.options.checkpoint
             if failed is not None:
-                self._go_back(state, failed)
-            if self.options.checkpoint is not None and number not in self.options.checkpoint.steps:
-                self._save(state, number, place)
+                raise FitError(
+                    f"{_told_of_nan(failed)} {_told_of_end(ended, number, self.options.steps)}"
+                ) from ended.error
+            if checkpoint is not None:
+                with _warned():
+                    checkpoint.wait()
+                if checkpoint.latest() != number:
+                    self._save(state, number, place)
             raise FitError(_told_of_end(ended, number, self.options.steps)) from ended.error
 
     def _tell_late(self) -> tuple[int, dict[str, float]] | None:
@@ -200,7 +207,7 @@ class _Run:
                 self.preemption.nothing_to_lose(is_safe and not failed)
             found = evaluate(step, state, batches)
             self.preemption.nothing_to_lose(False)
-            values = {f"eval/{name}" if name else "eval": float(value) for name, value in named_leaves(found)}
+            values = {f"eval/{name}" if name else "eval": float(value) for name, value in _named(found)}
             self.watch.tell(number, values)
 
     def _save(self, state: TrainState, number: int, place: Any) -> bool:
@@ -214,38 +221,50 @@ class _Run:
             # One that failed since must not keep this one from being made.
             self.options.checkpoint.wait()
         with _warned() as failed:
-            self.options.checkpoint.save(state, step=number, data=place, force=True)
+            self.options.checkpoint.save(state, step=number, data=place_of_all(place), force=True)
             if self.preemption.asked() or number == self.options.steps:
                 self.options.checkpoint.wait()
         return not failed
 
     def _go_back(self, state: TrainState, failed: tuple[int, dict[str, float]]) -> TrainState:
-        number, values = failed
-        told = ", ".join(f"{name} {values[name]}" for name in ("loss", "grad_norm") if name in values)
-        checkpoint = self.options.checkpoint
+        told, checkpoint = _told_of_nan(failed), self.options.checkpoint
         if self.options.nonfinite != "roll back" or checkpoint is None:
             raise FitError(
-                f"Step {number} gave {told}; try a lower learning rate, clip gradients, wrap the optimizer in "
-                "optax.apply_if_finite to skip such steps, or nonfinite='roll back'."
+                f"{told} Try a lower learning rate, clip gradients, wrap the optimizer in optax.apply_if_finite "
+                "to skip such steps, or nonfinite='roll back' with a checkpoint."
             )
-        checkpoint.wait()
-        if not checkpoint.any():
-            raise FitError(f"Step {number} gave {told}, and there is no checkpoint to go back to.")
+        with _warned():
+            checkpoint.wait()
+        if checkpoint.latest() is None:
+            raise FitError(f"{told} There is no checkpoint to go back to: none was saved before it.")
         self.watch.forget()
         state, _ = self._restore(state, checkpoint)
         reached = int(state.step)
         self.returns[reached] = self.returns.get(reached, 0) + 1
         if self.returns[reached] > _RETURNS:
             raise FitError(
-                f"Step {number} gave {told}, after going back to step {reached} {_RETURNS} times: other batches don't "
-                "help. Try a lower learning rate, or clip gradients."
+                f"{told} The run went back to step {reached} {_RETURNS} times: other batches don't help. "
+                "Try a lower learning rate, or clip gradients."
             )
         warnings.warn(
-            f"Step {number} gave {told}: the run goes on from step {reached}, with the batches that follow.",
+            f"{told} The run goes on from step {reached}, with the batches that follow.",
             CheckpointWarning,
             stacklevel=4,
         )
         return state
+
+
+def _named(found: Any) -> list[tuple[str, Any]]:
+    """Each value with its name; what a loss function gives has the names that a train step gives it."""
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict) and np.ndim(found[0]) == 0:
+        found = {"loss": found[0], **found[1]}
+    return named_leaves(found)
+
+
+def _told_of_nan(failed: tuple[int, dict[str, float]]) -> str:
+    number, values = failed
+    told = ", ".join(f"{name} {values[name]}" for name in ("loss", "grad_norm") if name in values)
+    return f"Step {number} gave {told}."
 
 
 def _told_of_end(ended: BatchesEnded, number: int, steps: int) -> str:
@@ -292,6 +311,21 @@ def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: 
         raise FitError(f"checkpoint is a {type(checkpoint).__name__}; give jaxpar.Checkpoints(directory, every=100).")
     if nonfinite not in ("stop", "roll back"):
         raise FitError(f"nonfinite is {nonfinite!r}; give 'stop' or 'roll back'.")
+    if nonfinite == "roll back" and checkpoint is None:
+        raise FitError("nonfinite is 'roll back', but there is nothing to go back to; give checkpoint=, or 'stop'.")
+
+
+def _check_ends(batches: Any, on_step: Any) -> None:
+    """Raises FitError unless batches can come in, and steps be told."""
+    if on_step is not None and not callable(on_step):
+        raise FitError(
+            f"on_step is {on_step!r}; give a function on_step(step, metrics), or None for a live line alone."
+        )
+    if isinstance(batches, Mapping) or not (callable(batches) or isinstance(batches, Iterable)):
+        raise FitError(
+            f"batches is a {type(batches).__name__}; give an iterable of batches, as [batch], or a function "
+            "batches(step) of those from a step on."
+        )
 
 
 def _check_profile(profile: Any, steps: int) -> None:

@@ -164,6 +164,8 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
     try:
         read = read_json(path, _MOST_BYTES)
     except FileNotFoundError:
+        if not folder.exists():
+            raise ManifestError(f"there is no {shown(folder)}") from None
         raise ManifestError(f"{shown(folder)} has no {NAME}: its save was not finished") from None
     is_file = lambda entry: isinstance(entry, list) and [type(part) for part in entry] == [int, str]
     files = read.get("files") if isinstance(read, dict) else None

@@ -111,7 +111,8 @@ def leaves_of(state: Any) -> dict[str, Any]:
             raise CheckpointError(f"Two leaves of the state have the path {path!r}; give one of them another name.")
         if getattr(leaf, "sharding", None) is None:
             raise CheckpointError(
-                f"State leaf {path!r} is a {type(leaf).__name__}, of no devices; place the state with strategy.place."
+                f"State leaf {path!r} is a {type(leaf).__name__}, of no devices; give a state that strategy.init or "
+                "strategy.place returned, or strategy.abstract_state(init_fn)."
             )
         named[path] = leaf
     return named

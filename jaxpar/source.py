@@ -1,12 +1,15 @@
 """Where a run's batches come from, and how far they have been drawn; changes with what may be iterated over."""
 
 import itertools
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
-from jaxpar.agreement import Agreement
+from jaxpar.agreement import Agreement, gather
+from jaxpar.batch import BatchError
+from jaxpar.saved_leaves import CheckpointError
 
 
 class BatchesEnded(Exception):
@@ -34,17 +37,24 @@ class Source:
         is_saved = isinstance(place, dict)
         place = place if is_saved else {}
         self._drawn: int = place.get("drawn", number)
-        is_stateful = hasattr(batches, "get_state") and hasattr(batches, "set_state")
-        is_function = callable(batches) and not is_stateful
+        is_function = callable(batches) and not hasattr(batches, "set_state")
         given: Any = batches(self._drawn) if is_function else batches
+        if isinstance(given, Mapping) or not isinstance(given, Iterable):
+            raise BatchError(
+                f"batches({self._drawn}) gave a {type(given).__name__}; it gives an iterable of the batches from "
+                "that step on."
+            )
         iterator: Any = iter(given)
+        is_stateful = not is_function and hasattr(iterator, "get_state") and hasattr(iterator, "set_state")
         if not is_function:
-            if is_stateful and "iterator" in place:
-                batches.set_state(_decode(place["iterator"]))
+            # Each process has its own: of another number of them none says where its part of the rows goes on.
+            states = place.get("iterators", [])
+            if is_stateful and len(states) == jax.process_count():
+                iterator.set_state(_decode(states[jax.process_index()]))
             elif is_saved or iterator is not batches:
                 # From the beginning; but an iterator of this run's own is where it is.
                 next(itertools.islice(iterator, self._drawn, self._drawn), None)
-        self._get_state: Callable[[], Any] | None = getattr(iterator, "get_state", None)
+        self._get_state: Callable[[], Any] | None = iterator.get_state if is_stateful else None
         self._iterator: Any = iterator if jax.process_count() == 1 else _Together(iterator, Agreement(mesh))
         self._state = self._encoded()
 
@@ -110,6 +120,23 @@ class _Together:
         if lacking:
             raise BatchesEnded(lacking, self._error)
         return self._batch
+
+
+def place_of_all(place: dict[str, Any]) -> dict[str, Any]:
+    """Returns a place as it is saved, with the state of every process's iterator; all must ask.
+
+    Raises:
+      CheckpointError: JSON doesn't take an iterator's state.
+    """
+    if "iterator" not in place:
+        return place
+    try:
+        states = gather(json.dumps(place["iterator"]))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The batches' get_state gave {place['iterator']!r}; it must be what JSON takes."
+        ) from error
+    return {"drawn": place["drawn"], "iterators": [json.loads(state) for state in states]}
 
 
 def _encode(state: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -293,8 +294,14 @@ def param_specs(layout: Layout) -> dict[str, PartitionSpec]:
 
 
 def _split_init(init_fn: Callable[[jax.Array], TrainState]) -> Callable[[jax.Array], TrainState]:
-    if not callable(init_fn):
-        raise StateError(f"init_fn is {init_fn!r}; give a function of a random key that returns a jaxpar.TrainState.")
+    is_model = isinstance(init_fn, nnx.Module | nn.Module)
+    if is_model or isinstance(init_fn, type) or not callable(init_fn):
+        what = f"the class {init_fn.__name__}" if isinstance(init_fn, type) else f"a {type(init_fn).__name__}"
+        raise StateError(
+            f"init_fn is {what}; give a function of a random key that returns a jaxpar.TrainState, as lambda rng: "
+            "jaxpar.TrainState.create(Model(rngs=nnx.Rngs(rng)), optax.adam(1e-3)). A state that exists is placed by "
+            "strategy.place."
+        )
 
     def init(rng: jax.Array) -> TrainState:
         init_key, state_key = jax.random.split(rng)

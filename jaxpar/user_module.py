@@ -41,6 +41,9 @@ def run_step(options: argparse.Namespace, mesh: jax.sharding.Mesh, report: Calla
         )
     module = _demo(options, mesh) if name is None else _ready(options, mesh) if name in _READY else _load(name)
     rules = getattr(module, "rules", None)
+    if rules and all(isinstance(rule, tuple) for rule in rules):
+        # One list, as sharded(mesh, jaxpar.MEGATRON) takes it.
+        rules = [rules]
     try:
         strategy = jaxpar.sharded(mesh, *(train_command.rules_for(mesh) if rules is None else rules))
         step = jaxpar.make_train_step(

@@ -38,7 +38,7 @@ def make_strategy(axes):
 def main(folder, steps, axes="fsdp=4", pause=0.0, when="", heartbeat=30):
     jax.config.update("jax_num_cpu_devices", 4 // int(os.environ.get("JAXPAR_PROCESSES", "1")))
     jax.config.update("jax_platforms", "cpu")
-    index, _ = jaxpar.initialize(heartbeat=heartbeat)
+    index, _ = jaxpar.initialize(heartbeat_timeout_seconds=heartbeat)
     strategy = make_strategy(axes)
 
     def make_loss(name):

@@ -175,7 +175,7 @@ MUTATIONS = [
     Mutation(
         "a loop's step taken for one",
         "inspection/hlo.py",
-        "math.ceil((bound - start) / (after - start))",
+        "math.ceil((bound - start) / steps[0])",
         "bound - start",
         INSPECTION + "a_loops_trips_are_read_from_its_counter",
     ),

@@ -330,7 +330,7 @@ def test_empty_leaves_and_narrow_ones_come_back(tmp_path):
     ("state", "options", "message"),
     [
         ({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, {"step": 1}, "Two leaves of the state have the path 'a/b'"),
-        ({"a": np.ones(1)}, {"step": 1}, "State leaf 'a' is a ndarray, of no devices; place the state"),
+        ({"a": np.ones(1)}, {"step": 1}, "State leaf 'a' is a ndarray, of no devices; give a state that"),
         ({"a": jnp.ones(1)}, {"step": 1, "data": {"n": np.int64(3)}}, "data is .*; give what JSON takes"),
         ({"a": jnp.ones(1)}, {"step": 1, "data": (1, 2)}, r"data is \(1, 2\); give what JSON takes"),
         ({"a": jnp.ones(1)}, {"force": True}, "step is -1; give a whole number"),

@@ -491,6 +491,11 @@ STATES = {
         lambda: data().init(lambda rng: (init_fn(rng), 1), KEY),
         ["init_fn returned a tuple", "TrainState.create"],
     ),
+    "an init_fn that is a model": (
+        lambda: data().layout(linear()),
+        ["init_fn is a Linear", "TrainState.create(Model(rngs=nnx.Rngs(rng))", "strategy.place"],
+    ),
+    "an init_fn that is a model's class": (lambda: data().init(nnx.Linear, KEY), ["init_fn is the class Linear"]),
     "an init_fn that is a state": (lambda: data().init(create(), KEY), ["init_fn", "TrainState", "function"]),
     "an init_fn that is a state, for shapes": (
         lambda: data().abstract_state(create()),

@@ -82,6 +82,8 @@ def test_it_runs_what_four_lines_would_and_tells_each_step_in_floats(step):
 
 @pytest.mark.parametrize("kind", ["function", "list", "iterator with a state"])
 def test_a_run_in_two_parts_is_one_run_bit_for_bit(step, tmp_path, kind):
+    drawn = []
+
     class Stateful:
         def __init__(self):
             self.number = 0
@@ -91,6 +93,7 @@ def test_a_run_in_two_parts_is_one_run_bit_for_bit(step, tmp_path, kind):
 
         def __next__(self):
             self.number += 1
+            drawn.append(self.number)
             return draw(self.number - 1)
 
         def get_state(self):
@@ -118,6 +121,17 @@ def test_a_run_in_two_parts_is_one_run_bit_for_bit(step, tmp_path, kind):
     expected, losses = by_hand(step, 12)
     assert bits(state) == bits(expected)
     assert told == list(losses.items())
+    # What has a state is set back, where others are drawn from the beginning.
+    assert not drawn or drawn == sorted(set(drawn))
+
+
+def test_a_loss_that_is_no_number_where_the_batches_end_is_told_with_their_end(step, tmp_path):
+    spoiled = [*(draw(number) for number in range(3)), jax.tree.map(lambda leaf: leaf * np.nan, draw(3))]
+    with (
+        jaxpar.Checkpoints(tmp_path, every=2) as checkpoints,
+        pytest.raises(FitError, match=r"Step 4 gave loss nan.* The batches ended after step 4, but steps=9"),
+    ):
+        jaxpar.fit(step, start(step), spoiled, steps=9, checkpoint=checkpoints, nonfinite="roll back")
 
 
 def test_a_run_goes_on_under_another_layout_within_rounding(step, tmp_path):
@@ -221,6 +235,9 @@ def test_batches_that_end_too_early_are_named_and_the_state_is_saved(step, tmp_p
         ({"eval_step": loss_fn}, "eval_step is <function .*; give a pair"),
         ({"checkpoint": "folder"}, "checkpoint is a str; give jaxpar.Checkpoints"),
         ({"nonfinite": "skip"}, "nonfinite is 'skip'; give 'stop' or 'roll back'"),
+        ({"on_step": True}, r"on_step is True; give a function on_step\(step, metrics\)"),
+        ({"batches": {"x": 1}}, r"batches is a dict; give an iterable of batches, as \[batch\]"),
+        ({"nonfinite": "roll back"}, "nonfinite is 'roll back', but there is nothing to go back to; give checkpoint="),
         ({"profile": ("run", 1, 1)}, r"profile is \('run', 1, 1\); give jaxpar.Profile\(directory, first, last\)"),
         (
             {"profile": Profile("run", 3, 2)},
@@ -261,7 +278,7 @@ def test_going_back_from_the_last_step_draws_another_batch_and_ends(step, tmp_pa
 @pytest.mark.filterwarnings("ignore:Step")
 def test_a_run_that_always_fails_does_not_go_back_for_ever(step, tmp_path):
     always = lambda number: ({"x": draw(n)["x"] * (np.nan if n > 1 else 1)} for n in itertools.count(number))
-    goes_on_no_more = pytest.raises(FitError, match="after going back to step 2 3 times: other batches don't help")
+    goes_on_no_more = pytest.raises(FitError, match="went back to step 2 3 times: other batches don't help")
     with jaxpar.Checkpoints(tmp_path, every=2) as checkpoints, goes_on_no_more:
         jaxpar.fit(step, start(step), always, steps=9, checkpoint=checkpoints, nonfinite="roll back")
 
@@ -318,7 +335,7 @@ def test_a_live_line_tells_step_loss_speed_and_what_was_estimated(step, terminal
 def test_what_an_evaluation_gave_stays_on_the_line(step, terminal, capsys):
     eval_step = jaxpar.make_eval_step(loss_fn, step.strategy)
     jaxpar.fit(step, start(step), batches, steps=3, eval_step=(eval_step, [draw(100)]))
-    assert re.search(r"3/3 loss [\d.]+  eval/0 [\d.]+ ", plain(capsys.readouterr().err))
+    assert re.search(r"3/3 loss [\d.]+  eval/loss [\d.]+ ", plain(capsys.readouterr().err))
 
 
 def test_where_errors_go_to_no_terminal_there_is_no_line(step, capsys):

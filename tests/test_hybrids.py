@@ -30,7 +30,7 @@ TRIPLES = [
     "stage=2,expert=2,model=2",
     "stage=2,context=2,model=2",
 ]
-SIXTEEN = ["data=4,stage=2,model=2", "fsdp=4,context=2,model=2", "data=2,stage=2,context=2,model=2", "data=4,expert=4"]
+SIXTEEN = ["data=2,stage=2,context=2,model=2", "fsdp=4,expert=4"]
 FAST = {"stage=2,context=2,model=2"}
 
 

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from jaxpar import distributed, launch_command
 from jaxpar.__main__ import main
 from jaxpar.distributed import DistributedError, initialize
 
@@ -22,17 +23,27 @@ PROGRAM = pathlib.Path(__file__).parent / "fit_program.py"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"address": "127.0.0.1:1"}, "count, index is missing: give address, count and index, or none of them"),
-        ({"address": "here", "count": 2, "index": 0}, "address is 'here'; give a host and a port, as '10.0.0.1:1234'"),
-        ({"address": "h:1", "count": 0, "index": 0}, "count is 0; give a whole number, 1 or more"),
-        ({"address": "h:1", "count": 2, "index": 2}, "index is 2; of 2 processes give a whole number from 0 to 1"),
-        ({"address": "h:1", "count": 2, "index": True}, "index is True; of 2 processes"),
-        ({"heartbeat": 0.5}, "heartbeat is 0.5; give whole seconds, 1 or more"),
+        (("127.0.0.1:1",), "num_processes, process_id is missing: give coordinator_address, num_processes, process_id"),
+        (("here", 2, 0), "coordinator_address is 'here'; give a host and a port, as '10.0.0.1:1234'"),
+        (("h:1", 0, 0), "num_processes is 0; give a whole number, 1 or more"),
+        (("h:1", 2, 2), "process_id is 2; of 2 processes give a whole number from 0 to 1"),
+        (("h:1", 2, True), "process_id is True; of 2 processes"),
     ],
 )
 def test_what_cannot_be_joined_is_named(arguments, message):
     with pytest.raises(DistributedError, match=message):
-        initialize(**arguments)
+        initialize(*arguments)
+
+
+def test_a_heartbeat_that_cannot_be_is_named():
+    with pytest.raises(DistributedError, match=r"heartbeat_timeout_seconds is 0.5; give whole seconds, 1 or more"):
+        initialize(heartbeat_timeout_seconds=0.5)
+
+
+def test_launcher_and_launched_say_the_same_words():
+    # The launcher imports no JAX, and so not the other's module.
+    mine = [getattr(launch_command, f"_{name}") for name in ("ADDRESS", "COUNT", "INDEX", "LAUNCHER")]
+    assert mine == [distributed.ADDRESS, distributed.COUNT, distributed.INDEX, distributed.LAUNCHER]
 
 
 def test_one_process_is_alone():
@@ -80,7 +91,9 @@ def test_one_of_several_that_cannot_join_does_not_run_alone(monkeypatch):
 
 def test_half_an_environment_is_named(monkeypatch):
     monkeypatch.setenv("JAXPAR_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(DistributedError, match="JAXPAR_ADDRESS is set, but not JAXPAR_PROCESSES and JAXPAR_PROCESS"):
+    with pytest.raises(
+        DistributedError, match="JAXPAR_ADDRESS is set, but JAXPAR_PROCESSES is '' and JAXPAR_PROCESS is ''; set all"
+    ):
         initialize()
 
 

@@ -1,6 +1,7 @@
 """`assert_collectives` and `assert_fits`: what a step may send and take, pinned in a test."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,7 +82,7 @@ def _read_budget(budget: Any) -> dict[str, int]:
     read = {}
     for name, count in budget.items():
         kind, _, axes = str(name).partition(" ")
-        named = [] if axes == _NO_AXIS else [axis.strip() for axis in axes.split(",")]
+        named = [] if axes == _NO_AXIS else [axis.strip() for axis in re.split(r",| x ", axes)]
         if kind not in KINDS or not set(named) <= set(AXES):
             raise ValueError(
                 f"The budget has {name!r}; write a kind and axes, as 'all-reduce data' or 'all-gather fsdp,model'. "

@@ -277,10 +277,17 @@ def loop_trips(program: Program, caller: Computation, loop: Instruction) -> int 
         return None
     index, bound = element
     start = _evaluate(program, caller, initial.operands[index], lambda _: None)
-    after = _evaluate(program, body, root.operands[index], lambda one: start if _element_of(one) == index else None)
-    if start is None or after is None or after <= start:
+    if start is None:
         return None
-    return max(0, math.ceil((bound - start) / (after - start)))
+    # From two values, for a counter may be multiplied.
+    steps = []
+    for value in (start, start + 1):
+        known = lambda one, value=value: value if _element_of(one) == index else None
+        after = _evaluate(program, body, root.operands[index], known)
+        steps.append(None if after is None else after - value)
+    if steps[0] is None or steps[0] <= 0 or steps[0] != steps[1]:
+        return None
+    return max(0, math.ceil((bound - start) / steps[0]))
 
 
 def _counter_of(program: Program, condition: Computation) -> tuple[int, int] | None:
