@@ -1322,10 +1322,17 @@ MUTATIONS += [
     ),
     Mutation(
         "a run that goes on begins its batches anew",
-        "fit.py",
+        "source.py",
         "given: Any = batches(self._drawn) if is_function",
         "given: Any = batches(0) if is_function",
         FIT + "a_run_in_two_parts_is_one_run_bit_for_bit[function]",
+    ),
+    Mutation(
+        "an iterator with a state is not set back",
+        "source.py",
+        "iterator.set_state(_decode(states[jax.process_index()]))",
+        "pass",
+        FIT + "a_run_in_two_parts_is_one_run_bit_for_bit[iterator with a state]",
     ),
     Mutation(
         "a loss that is no number is saved",
