@@ -56,13 +56,14 @@ def fit(
       batches: raw global batches, of many processes this process's rows. A function `batches(step)` is asked for those
         from a step on; an iterator with `get_state` and `set_state`, as grain's, is set back; any other is drawn from
         until the step is reached.
-      steps: how many in all.
+      steps: how many in all; a checkpoint that is further comes back as it is.
       eval_step: from `make_eval_step`, and the batches to evaluate: at each save, and at the end.
       checkpoint: where to save, and to resume from.
       on_step: `on_step(step, metrics)`, called with floats, one step late so that the devices don't wait: a logger.
-        What an evaluation gives comes as `eval`, or `eval/` and its names.
+        What an evaluation gives comes as `eval`, or `eval/` and its names: of a loss function `eval/loss` and so on.
       nonfinite: what to do when a loss is no number: stop, or go back to the latest checkpoint and on with the batches
-        that follow. To skip such updates instead, wrap the optimizer in `optax.apply_if_finite`.
+        that follow, three times at most from each. To skip such updates instead, wrap the optimizer in
+        `optax.apply_if_finite`.
       profile: `jaxpar.Profile(directory, first, last)`, the steps to trace.
       estimate: what `jaxpar.estimate` returned, or seconds: stands beside the measured step on the live line.
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 
 import jaxpar
 from jaxpar import train_report
+from jaxpar.distributed import COUNT
 from jaxpar.layout import Layout
 from jaxpar.text import Text, TextError, draw_batches, even_batches, read_text
 from jaxpar.transformer import Sizes, Transformer
@@ -48,6 +50,7 @@ def train(options: argparse.Namespace) -> int:
     """
     # Lines stay whole where the output is a file; on a terminal they wrap by themselves.
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    _check_alone()
     job = _prepare(options)
     rows: list[train_report.Row] = []
     with train_report.open_log(options.out) as write_log:
@@ -141,6 +144,16 @@ def _prepare(options: argparse.Namespace) -> _Job:
         raise UsageError(f"{error}{hint}") from error
     except (TextError, jaxpar.PartitionError) as error:
         raise UsageError(str(error)) from error
+
+
+def _check_alone() -> None:
+    """Several that are launched together would each train the whole model, into one folder."""
+    count = os.environ.get(COUNT, "1")
+    if count != "1":
+        raise UsageError(
+            f"jaxpar train runs in one process, but {count} are launched; leave jaxpar launch out, or launch a program of "
+            "your own that calls jaxpar.initialize and jaxpar.fit."
+        )
 
 
 def read_sizes(options: argparse.Namespace) -> Sizes:

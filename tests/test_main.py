@@ -208,6 +208,12 @@ def test_a_bad_argument_gets_one_line_and_code_2_before_any_compile(case, here, 
     assert message in err
 
 
+def test_several_that_are_launched_do_not_train_into_one_folder(here, capsys, monkeypatch):
+    monkeypatch.setenv("JAXPAR_PROCESSES", "2")
+    assert main(["train"]) == 2
+    assert "jaxpar train runs in one process, but 2 are launched; leave jaxpar launch out" in capsys.readouterr().err
+
+
 def test_a_run_reports_what_it_did(plain):
     for part in ("data=8, 8 cpu devices", "parameters", "a device holds", "tokens/s", "nats per byte", "a sample"):
         assert part in plain.out

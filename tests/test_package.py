@@ -112,6 +112,10 @@ ENGINES = {"sharded", "data_parallel"}
 # The islands' modules, each importing only those before it and these of the core.
 ISLANDS = ["schedule", "sequence", "context", "splash", "expert", "stack", "pipeline", "pipeline_loss"]
 UNDER_ISLANDS = {"targets", "mesh", "state", "loss"}
+# What runs a step for real, each importing only those before it and these.
+RUNNING = ["manifest", "saved_leaves", "saved_files", "failures", "agreement", "checkpoint", "preemption", "source"]
+RUNNING += ["tokens", "work", "progress", "profiling", "watch", "fit"]
+UNDER_RUNNING = {*CORE, "evaluation", "estimation.chips", "inspection.flops"} - ENGINES
 # What reads a program's text knows nothing of steps.
 READERS = [
     f"inspection.{name}" for name in ("hlo", "groups", "operands", "collectives", "flops", "partials", "declared")
@@ -230,6 +234,11 @@ def test_an_island_knows_nothing_of_steps(module):
 @pytest.mark.parametrize("module", READERS)
 def test_a_reader_of_programs_imports_only_readers(module):
     assert imports_of(module) <= set(READERS)
+
+
+@pytest.mark.parametrize("module", RUNNING)
+def test_what_runs_for_real_imports_only_what_is_before_it(module):
+    assert imports_of(module) <= UNDER_RUNNING.union(RUNNING[: RUNNING.index(module)])
 
 
 @pytest.mark.parametrize("module", ["train", "evaluation", "strategy", "step", "loss", "layout"])
