@@ -151,8 +151,8 @@ def _check_alone() -> None:
     count = os.environ.get(COUNT, "1")
     if count != "1":
         raise UsageError(
-            f"jaxpar train runs in one process, but {count} are launched; leave jaxpar launch out, or launch a program of "
-            "your own that calls jaxpar.initialize and jaxpar.fit."
+            f"jaxpar train runs in one process, but {count} are launched; leave jaxpar launch out, or launch a program "
+            "of your own that calls jaxpar.initialize and jaxpar.fit."
         )
 
 

@@ -11,25 +11,31 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpar
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-index, _ = jaxpar.initialize()
-sharding = NamedSharding(jaxpar.make_mesh(fsdp=4), P("fsdp"))
-state = {"w": jax.jit(lambda: jax.random.normal(jax.random.key(0), (512, 1024)), out_shardings=sharding)()}
-before = resource.getrlimit(resource.RLIMIT_FSIZE)
-checkpoints = jaxpar.Checkpoints(sys.argv[1], every=1)
-for number in range(1, 5):
-    if number == 2 and index == int(sys.argv[2]):
-        # Python ignores the signal that would end the process.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-    try:
-        checkpoints.save(state, step=number)
-        checkpoints.wait()
-        print("saved", number, flush=True)
-    except ValueError as error:
-        print("failed", number, error, flush=True)
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-multihost_utils.sync_global_devices("the end")
-print("whole", [step for step in checkpoints.steps if checkpoints.verify(step)], flush=True)
-# A thread of Orbax's may still wait for the process that failed: Python would wait for it.
-os._exit(0)
+
+def main(folder, which):
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)
+    index, _ = jaxpar.initialize()
+    sharding = NamedSharding(jaxpar.make_mesh(fsdp=4), P("fsdp"))
+    state = {"w": jax.jit(lambda: jax.random.normal(jax.random.key(0), (512, 1024)), out_shardings=sharding)()}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = jaxpar.Checkpoints(folder, every=1)
+    for number in range(1, 5):
+        if number == 2 and index == int(which):
+            # Python ignores the signal that would end the process.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+        try:
+            checkpoints.save(state, step=number)
+            checkpoints.wait()
+            print("saved", number, flush=True)
+        except ValueError as error:
+            print("failed", number, error, flush=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    multihost_utils.sync_global_devices("the end")
+    print("whole", [step for step in checkpoints.steps if checkpoints.verify(step)], flush=True)
+    # A thread of Orbax's may still wait for the process that failed: Python would wait for it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
