@@ -28,6 +28,27 @@ class MLP(nnx.Module):
         return self.down(self.drop(nnx.relu(self.up(x))))
 
 
+class Stateful:
+    """Batches from a step on, that can be set back to a place of the same process alone, as grain's."""
+
+    def __init__(self, batches, index):
+        self.batches, self.index, self.step = batches, index, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.step += 1
+        return next(self.batches(self.step - 1))
+
+    def get_state(self):
+        return json.dumps([self.index, self.step]).encode()
+
+    def set_state(self, state):
+        index, self.step = json.loads(state)
+        assert index == self.index
+
+
 def make_strategy(axes):
     size = int(np.prod([int(part.split("=")[1]) for part in axes.split(",")]))
     mesh = jaxpar.make_mesh(axes, devices=jax.devices()[:size])
@@ -73,7 +94,8 @@ def main(folder, steps, axes="fsdp=4", pause=0.0, when="", heartbeat=30):
     print("ready", flush=True)
     with jaxpar.Checkpoints(folder / "checkpoints", every=5) as checkpoints:
         more = {"eval_step": eval_step} if when == "evaluating" else {}
-        state = jaxpar.fit(step, state, batches, steps=steps, checkpoint=checkpoints, on_step=log, **more)
+        source = Stateful(batches, index) if when == "stateful" else batches
+        state = jaxpar.fit(step, state, source, steps=steps, checkpoint=checkpoints, on_step=log, **more)
     print("done", int(state.step), signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)
 
 

@@ -148,6 +148,16 @@ def log_of(folder):
 
 
 @pytest.mark.slow
+def test_each_process_sets_back_its_own_iterator(tmp_path):
+    finish(2, tmp_path, 7, "fsdp=4", 0, "stateful")
+    finish(2, tmp_path, 12, "fsdp=4", 0, "stateful")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    finish(2, whole, 12, "fsdp=4")
+    assert log_of(tmp_path) == log_of(whole)
+
+
+@pytest.mark.slow
 def test_one_two_and_four_processes_train_alike(tmp_path):
     # Not bit for bit: between processes gloo adds four devices' gradients in another order than XLA does in one.
     logs = []
