@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
