@@ -104,7 +104,8 @@ def _gpipe(flow: _Flow, leaves: Any, x: Any, more: Any) -> Any:
     # Around the cond, not in it: else the loop would keep the layers' leaves of each tick beside its input.
     @jax.checkpoint
     def run(leaves: Any, x: Any, more: Any, number: Any) -> Any:
-        return when(is_active(number), lambda x: run_layers(flow.fn, leaves, x, more, number), lambda x: x, x)
+        do = lambda x, leaves, more: run_layers(flow.fn, leaves, x, more, number)
+        return when(is_active(number), do, lambda x, *_: x, x, leaves, more)
 
     def tick(carry: Any, time: Any) -> Any:
         x_before, out = carry

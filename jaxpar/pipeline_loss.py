@@ -132,8 +132,8 @@ def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple
             starts = (stage == 0) | ~is_active(number)
             x = when(starts, lambda x: run.first(floats[0], rows, number), lambda x: x, x)
             y = run.layers(floats[1], x, number)
-            end = lambda y: run.sums(floats[2], y, rows, number)
-            return y, when(stage == flow.stages - 1, end, lambda y: sums_zero, y)
+            end = lambda head, y: run.sums(head, y, rows, number)
+            return y, when(stage == flow.stages - 1, end, lambda head, y: sums_zero, floats[2], y)
 
         # Around the cond, not in it: else the loop would keep the parameters of each tick beside its input.
         @jax.checkpoint

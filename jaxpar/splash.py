@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import AXES, BATCH_AXES, MeshError
+from jaxpar.mesh import AXES, BATCH_AXES, MeshError, takes_rows_alone
 
 _MODEL = "model"
 
@@ -58,6 +58,9 @@ def splash_attention(
     heads = _MODEL if _MODEL in open_axes else None
     if not rows and heads is None:
         return attend(q_BTHD, k_BTKD, v_BTKD)
+    if takes_rows_alone():
+        # One row can't be split, and a kernel in a vmap would be gathered whole.
+        return jax.nn.dot_product_attention(q_BTHD, k_BTKD, v_BTKD, is_causal=is_causal)
     _check_mesh(q_BTHD, k_BTKD, mesh, rows, heads)
     axes = {*rows, heads} - {None}
     spec = PartitionSpec(rows, None, heads)

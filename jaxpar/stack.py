@@ -80,17 +80,23 @@ def _split_rows(leaf: jax.Array) -> jax.Array:
 def when(active: Any, do: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any, anyone: Any = True) -> Any:
     """Returns what `do` gives where this stage is `active`, and what `otherwise` gives elsewhere.
 
-    Stages that aren't leave `do` out, by `lax.cond`, if they are all that a device shares with others. Beside axes that
-    are the compiler's, `do` may hold collectives, and XLA makes a permute one for the devices of all stages: those of a
-    stage that left it out would be waited for. There every stage computes both, and takes one, unless `anyone`, alike
-    at all stages, says that none is active. No time is lost by it: stages go in step, and wait for the one that is.
+    Stages that aren't leave `do` out, by `lax.cond`, if they are all that a device shares with others, and `do` holds
+    no permute: XLA makes it one for the devices of all stages, and those of a stage that left it out would be waited
+    for. Beside axes that are the compiler's any `do` may hold one. There every stage computes both, and takes one,
+    unless `anyone`, alike at all stages, says that none is active. No time is lost by it: stages go in step, and wait
+    for the one that is.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items()):
+    is_alone = all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())
+    if is_alone and "ppermute" not in str(jax.make_jaxpr(do)(*operands)):
         return lax.cond(active, do, otherwise, *operands)
 
     def both(*operands: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(active, a, b), do(*operands), otherwise(*operands))
+        pick = lambda a, b: jnp.where(active, a, b)
+        # What a stage that isn't active computes has no gradient: on rows that aren't its own it may be no number, and
+        # no number times 0 is none.
+        mine = jax.tree.map(lambda x: pick(x, lax.stop_gradient(x)) if _is_float(jnp.result_type(x)) else x, operands)
+        return jax.tree.map(pick, do(*mine), otherwise(*operands))
 
     return both(*operands) if anyone is True else lax.cond(anyone, both, otherwise, *operands)
 

@@ -713,8 +713,8 @@ MUTATIONS += [
     Mutation(
         "always active gpipe",
         "pipeline.py",
-        "return when(is_active(number), lambda x: run_layers",
-        "return when(number >= -count, lambda x: run_layers",
+        "return when(is_active(number), do,",
+        "return when(number >= -count, do,",
         PIPELINE + "idle_ticks_run_no_layer_and_other_stages_neither_embedding_nor_head[pipeline]",
     ),
     Mutation(
@@ -966,9 +966,23 @@ MUTATIONS += [
         "tests/test_expert.py::test_a_padded_batch_is_mixed_row_by_row",
     ),
     Mutation(
+        "a permute over a batch axis under a cond",
+        "stack.py",
+        'is_alone and "ppermute" not in str(jax.make_jaxpr(do)(*operands))',
+        "is_alone",
+        PIPELINE + "a_layer_may_permute_over_a_batch_axis_that_is_manual",
+    ),
+    Mutation(
+        "a gradient of rows that are not a stage's own",
+        "stack.py",
+        "pick(x, lax.stop_gradient(x))",
+        "x",
+        PIPELINE + "no_stage_adds_what_is_no_number_on_rows_that_are_not_its_own",
+    ),
+    Mutation(
         "ring under a cond",
         "stack.py",
-        "if all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items()):",
+        'if is_alone and "ppermute" not in str(jax.make_jaxpr(do)(*operands)):',
         "if True:",
         PIPELINE + "islands_stand_inside_the_layers[context-pipeline]",
     ),

@@ -653,3 +653,54 @@ def test_what_can_not_be_is_named_before_any_compile(case):
     message = str(caught.value)
     for part in [expected] if isinstance(expected, str) else expected:
         assert part in message
+
+
+# ---- what a stage that isn't active computes
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("axes", [{"stage": 2}, {"data": 2, "stage": 2}])
+def test_no_stage_adds_what_is_no_number_on_rows_that_are_not_its_own(schedule, axes):
+    # The last layer's output is a square, but before it there are rows whose root has no slope.
+    layers, x = -jnp.ones((2, 1)), jnp.full((4, 1), 10.0)
+
+    def loss(first, layers, last):
+        total, _ = pipeline_loss(
+            (lambda p, batch: batch["x"] * p, first),
+            (lambda w, x: x * w, layers),
+            (lambda p, x, batch: jnp.sqrt(x * p).mean(), last),
+            {"x": x},
+            stage_microbatches=4,
+            schedule=schedule,
+        )
+        return total.total / total.weight
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    given = jnp.ones(1), layers, jnp.ones(1)
+    expected = gradient(*given)
+    with jax.set_mesh(sub_mesh(**axes)):
+        found = jax.jit(gradient)(*given)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_a_layer_may_permute_over_a_batch_axis_that_is_manual():
+    def layer(w, x):
+        size = jax.lax.axis_size("data")
+        return x * w + 0.5 * jax.lax.ppermute(x, "data", [(i, (i + 1) % size) for i in range(size)])
+
+    class Layers(nnx.Module):
+        def __init__(self):
+            self.blocks = nnx.Dict(w=nnx.Param(jnp.arange(1.0, 5).reshape(4, 1) / 4))
+
+    def loss_fn(model, batch, rng):
+        return (pipeline((layer, model.blocks["w"][...]), batch["x"], stage_microbatches=2) ** 2).mean(), {}
+
+    losses = []
+    for axes, rules in (({"data": 2}, []), ({"data": 2, "stage": 2}, [jaxpar.PIPELINE])):
+        strategy = jaxpar.sharded(sub_mesh(**axes), *rules)
+        state = strategy.init(lambda rng: jaxpar.TrainState.create(Layers(), SGD), jax.random.key(0))
+        step = jaxpar.make_train_step(loss_fn, strategy, num_microbatches=2)
+        _, metrics = step(state, strategy.shard_batch({"x": np.arange(1.0, 17).reshape(16, 1)}))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

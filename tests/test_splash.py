@@ -6,7 +6,10 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
+from models import sub_mesh
 
 import jaxpar
 from jaxpar.splash import SplashError
@@ -101,3 +104,26 @@ def test_over_context_and_stage_another_attention_serves():
         pytest.raises(jaxpar.MeshError, match=r"use jaxpar\.ring_att"),
     ):
         jax.jit(jaxpar.splash_attention)(q, k, v)
+
+
+def test_rows_that_pad_a_batch_count_for_nothing_whatever_the_mesh():
+    losses = []
+    batch = {"x": np.random.default_rng(0).normal(size=(3, 128, 8)).astype("f4")}
+
+    class Attend(nnx.Module):
+        def __init__(self, rngs):
+            self.project = nnx.Linear(8, 8, rngs=rngs)
+
+        def __call__(self, x):
+            q = self.project(x).reshape(*x.shape[:2], 2, 4)
+            return jaxpar.splash_attention(q, q, q, is_causal=True)
+
+    for size in (1, 2):
+        strategy = jaxpar.sharded(sub_mesh(data=size))
+        init_fn = lambda rng: jaxpar.TrainState.create(Attend(nnx.Rngs(rng)), optax.sgd(0.1))
+        # A mean over rows, which padding has the step take one by one.
+        step = jaxpar.make_train_step(lambda model, batch, rng: ((model(batch["x"]) ** 2).mean(), {}), strategy)
+        state = strategy.init(init_fn, jax.random.key(0))
+        _, metrics = step(state, strategy.shard_batch(jaxpar.pad_batch(batch, 4)))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
