@@ -44,7 +44,7 @@ _GRACE_SECONDS = 2
 
 
 class CheckpointWarning(UserWarning):
-    """A damaged or unfinished checkpoint was passed over."""
+    """A checkpoint was passed over or could not be written, or a run went back to one: what happened, and what now."""
 
 
 class _Saving(NamedTuple):

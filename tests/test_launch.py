@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from jaxpar import distributed, launch_command
+from jaxpar import distributed, launch_command, preemption
 from jaxpar.__main__ import main
 from jaxpar.distributed import DistributedError, initialize
 
@@ -44,6 +44,7 @@ def test_launcher_and_launched_say_the_same_words():
     # The launcher imports no JAX, and so not the other's module.
     mine = [getattr(launch_command, f"_{name}") for name in ("ADDRESS", "COUNT", "INDEX", "LAUNCHER")]
     assert mine == [distributed.ADDRESS, distributed.COUNT, distributed.INDEX, distributed.LAUNCHER]
+    assert launch_command._ASKED == preemption.CODE
 
 
 def test_one_process_is_alone():
