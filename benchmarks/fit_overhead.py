@@ -156,7 +156,7 @@ def main(argv=None):
     # Else the device's products would take every core there is, those of the program too.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
     jaxpar.fake_devices(1)
-    rows = compare(steps=10, rounds=2) if options.quick else compare(steps=100, rounds=24)
+    rows = compare(steps=10, rounds=2) if options.quick else compare(steps=50, rounds=100)
     loop = np.median(rows[:, 1, 0])
     figures = {
         "passed": describe(rows[:, 0, 0] / rows[:, 1, 0]),

@@ -1,7 +1,9 @@
 """The line that shows on a terminal how a run goes; changes with what a user wants to watch."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +23,9 @@ Show = Callable[[int, dict[str, float], Work | None], None]
 # The mean step time is over so many seconds, or a thousand steps.
 _PERIOD_SECONDS = 300
 # Each refresh takes a millisecond or two of a core, which on a small machine is the step's.
-_REFRESHES_A_SECOND = 2
+_REFRESHES_A_SECOND = 1
+# A step of milliseconds isn't told each time: nobody sees more of them than the line shows.
+_TELLS_A_SECOND = 4
 
 
 def is_live() -> bool:
@@ -64,8 +68,20 @@ def show_steps(steps: int, estimated: float | None = None, console: Console | No
     ) as progress:
         task = progress.add_task("compiling", total=steps, work=None)
         told: dict[str, float] = {}
+        latest: tuple[Any, ...] = ()
+        due = 0.0
 
         def show(number: int, metrics: dict[str, float], work: Work | None) -> None:
+            nonlocal latest, due
+            latest = number, metrics, work
+            # What comes between steps, as an evaluation, comes once.
+            if work is None or time.monotonic() >= due:
+                put()
+
+        def put() -> None:
+            nonlocal latest, due
+            number, metrics, work = latest
+            latest, due = (), time.monotonic() + 1 / _TELLS_A_SECOND
             kept = {name: value for name, value in metrics.items() if name == "loss" or name.startswith("eval")}
             told.update(kept or dict(list(metrics.items())[:1]))
             line = "  ".join(f"{name} {value:.4g}" for name, value in list(told.items())[:3])
@@ -73,7 +89,11 @@ def show_steps(steps: int, estimated: float | None = None, console: Console | No
             work = work or progress.tasks[0].fields["work"]
             progress.update(task, completed=number, description=line, work=work)
 
-        yield show
+        try:
+            yield show
+        finally:
+            if latest:
+                put()
 
 
 class _Speed(ProgressColumn):
