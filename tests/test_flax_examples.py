@@ -110,9 +110,9 @@ CELLS = [
     for number, (name, example) in enumerate(EXAMPLES.items())
     for kind in ("pmap", "data_model" if example.rules else ("fsdp", "data")[number % 2])
 ]
-# One strategy in turn for every second model is fast.
+# One in nine is fast: both views of a step, nnx and linen.
 MARKED = [
-    cell if number % 4 == number // 4 % 2 else pytest.param(*cell, marks=pytest.mark.slow)
+    cell if number % 9 == 0 else pytest.param(*cell, marks=pytest.mark.slow)
     for number, cell in enumerate(CELLS)
 ]
 

@@ -31,7 +31,6 @@ TRIPLES = [
     "stage=2,context=2,model=2",
 ]
 SIXTEEN = ["data=2,stage=2,context=2,model=2", "fsdp=4,expert=4"]
-FAST = {"stage=2,context=2,model=2"}
 
 
 def read_losses(folder):
@@ -63,10 +62,9 @@ def alone(folder):
     return curve
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
-@pytest.mark.parametrize(
-    "mesh", [mesh if mesh in FAST else pytest.param(mesh, marks=pytest.mark.slow) for mesh in [*PAIRS, *TRIPLES]]
-)
+@pytest.mark.parametrize("mesh", [*PAIRS, *TRIPLES])
 def test_every_pair_and_the_useful_triples_have_the_curve_of_one_device(mesh, folder, alone):
     extra = arguments_of(mesh)
     out = folder / mesh

@@ -222,13 +222,15 @@ def test_a_run_reports_what_it_did(plain):
     assert 16 < len(plain.sample.splitlines()[-1]) <= 16 + 20
 
 
-@pytest.mark.parametrize("placement", ["fsdp=2,model=4", pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["fsdp=2,model=4", "pmap"])
 def test_every_placement_gives_the_same_losses_and_the_same_sample(placement, here, capsys, plain):
     assert main([*SMALL, *PLACEMENTS[placement], "--text", "long", "--out", "run"]) == 0
     np.testing.assert_allclose(read_losses(here / "run"), plain.losses, atol=1e-5, rtol=0)
     assert Run([], capsys.readouterr().out).sample == plain.sample
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_one_another(here, plain):
     for seed in ("0", "1"):
         assert main([*SMALL, "--text", "long", "--out", seed, "--seed", seed]) == 0
@@ -242,6 +244,7 @@ def test_microbatches_change_no_loss(extra, here, plain):
     np.testing.assert_allclose(read_losses(here / "run"), plain.losses, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_close_to_float32(here, plain):
     assert main([*SMALL, "--text", "long", "--out", "run", "--dtype", "bfloat16"]) == 0
     assert read_losses(here / "run") != plain.losses

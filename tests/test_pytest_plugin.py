@@ -29,6 +29,11 @@ SETTINGS = {
 }
 
 
+def first_is_fast(cases):
+    first, *others = cases
+    return [first, *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
     for name in ("JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS", "XLA_FLAGS", "PYTEST_ADDOPTS"):
@@ -42,7 +47,8 @@ def run(pytester, *args, **files):
     return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-rs", "--strict-markers", *args)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+# One of them shows that the option is read; a run of its own takes two seconds.
+@pytest.mark.parametrize("setting", first_is_fast(SETTINGS))
 def test_a_run_has_the_devices_asked_for(pytester, monkeypatch, setting):
     environment, args, ini, count = SETTINGS[setting]
     for name, value in environment.items():
@@ -74,7 +80,7 @@ def test_a_jax_that_another_plugin_started_is_a_named_error(pytester):
     result.stderr.fnmatch_lines("*another plugin has already started JAX, with 1 devices; set JAX_NUM_CPU_DEVICES=4*")
 
 
-@pytest.mark.parametrize("platforms", ["cuda", "tpu", "cuda,cpu"])
+@pytest.mark.parametrize("platforms", first_is_fast(["cuda", "tpu", "cuda,cpu"]))
 def test_real_devices_are_left_alone(pytester, monkeypatch, platforms):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     test = f"""
@@ -86,7 +92,7 @@ def test_real_devices_are_left_alone(pytester, monkeypatch, platforms):
     run(pytester, "--fake-devices=4", conftest=NO_JAX, test_it=test).assert_outcomes(passed=1)
 
 
-@pytest.mark.parametrize("args", [(), ("--fake-devices=8",), ("--markers",), ("--fixtures",)])
+@pytest.mark.parametrize("args", first_is_fast([("--fake-devices=8",), (), ("--markers",), ("--fixtures",)]))
 def test_jax_is_not_imported_for_tests_that_do_not_ask(pytester, args):
     result = run(pytester, *args, conftest=NO_JAX, test_it="def test(): pass\n")
     assert result.ret == 0
@@ -104,7 +110,7 @@ def test_collecting_tests_that_ask_does_not_import_jax(pytester):
     result.stdout.fnmatch_lines([f"test_it.py::test_strategy?{name}?" for name in STRATEGIES])
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "many"])
+@pytest.mark.parametrize("text", first_is_fast(["0", "-1", "many"]))
 def test_a_count_that_can_not_be_is_a_usage_error(pytester, text):
     pytester.makeini(f"[pytest]\nfake_devices = {text}\n")
     result = run(pytester)
