@@ -364,7 +364,9 @@ def _save_async(folder: pathlib.Path, leaves: dict[str, Any]) -> Any:
     orbax = _orbax()
     size = sum(leaf.nbytes for leaf in leaves.values()) // jax.process_count()
     seconds = min(_LEAST_SECONDS + size // _BYTES_A_SECOND, _MOST_SECONDS)
-    with orbax.Context(async_options=orbax.options.AsyncOptions(timeout_secs=seconds)):
+    context = orbax.Context()
+    context.async_options.timeout_secs = seconds
+    with context:
         return orbax.save_async(folder, leaves, overwrite=True)
 
 
