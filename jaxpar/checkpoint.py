@@ -24,7 +24,7 @@ from jaxpar.manifest import (
     read_manifest,
     write_manifest,
 )
-from jaxpar.saved_files import REMEDY, check_files, read_content, remove, step_of
+from jaxpar.saved_files import BEFORE, REMEDY, check_files, read_content, remove, replace, step_of
 from jaxpar.saved_leaves import (
     CheckpointError,
     abstract_leaf,
@@ -40,6 +40,10 @@ from jaxpar.state import is_key, named_leaves
 
 # A file beside the checkpoints, named by the step that a process could not write.
 _FAILED = ".jaxpar-failed"
+# One that is to take another's place, once it is whole.
+_NEW = ".jaxpar-new"
+# How long a process waits for the others' parts: Orbax doesn't learn that one of them failed. At most its own default.
+_LEAST_SECONDS, _BYTES_A_SECOND, _MOST_SECONDS = 120, 10**7, 1200
 _GRACE_SECONDS = 2
 
 
@@ -172,14 +176,17 @@ class Checkpoints:
             "processes": jax.process_count(),
         }
         all_ready(lambda: self._get_ready(number, sum(leaf.nbytes for leaf in leaves.values())))
+        # Orbax would remove the one that is there before it writes.
+        is_there = agree(lambda: has_manifest(self._folder(number)))
+        folder = self._folder(number).with_name(f"{number}{_NEW}") if is_there else self._folder(number)
         with explained(f"Step {number} can't be saved in {self.directory}"):
-            response = _orbax().save_async(self._folder(number), leaves, overwrite=True)
+            response = _save_async(folder, leaves)
         if jax.process_index() == 0:
             # By now all processes have seen it.
             for path in self.directory.glob(f"*{_FAILED}"):
                 remove(path)
         failed: list[Exception] = []
-        thread = threading.Thread(target=self._finish, args=(response, content, failed), daemon=True)
+        thread = threading.Thread(target=self._finish, args=(response, folder, content, failed), daemon=True)
         self._saving = _Saving(number, thread, failed)
         thread.start()
         return True
@@ -276,12 +283,14 @@ class Checkpoints:
         told = f": {' '.join(passed)}" if passed else "."
         raise CheckpointError(f"{self.directory} has no checkpoint that can be restored{told}")
 
-    def _finish(self, response: Any, content: dict[str, Any], failed: list[Exception]) -> None:
+    def _finish(self, response: Any, folder: pathlib.Path, content: dict[str, Any], failed: list[Exception]) -> None:
         number = content["step"]
         try:
             response.result()
             if jax.process_index() == 0:
-                write_manifest(self._folder(number), content)
+                write_manifest(folder, content)
+                if folder != self._folder(number):
+                    replace(self._folder(number), folder)
             self._written.add(number)
         except Exception as error:  # told by the next call, in the thread that can do something about it
             is_first = not failed
@@ -292,7 +301,7 @@ class Checkpoints:
                     (self.directory / f"{number}{_FAILED}").touch()
 
     def _join(self, saving: "_Saving") -> Exception | None:
-        """Waits for a save, and returns why it failed: here, or elsewhere, which Orbax learns after twenty minutes."""
+        """Waits for a save, and returns why it failed: here, or elsewhere, which Orbax learns minutes later."""
         marker = self.directory / f"{saving.number}{_FAILED}"
         while saving.thread.is_alive():
             saving.thread.join(1)
@@ -317,7 +326,7 @@ class Checkpoints:
 
     def _clear_up(self) -> None:
         """Removes what a save that failed or was cut off has left: it takes room. Only the one that writes does so."""
-        left = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+        left = [path for end in (".orbax-checkpoint-tmp*", _NEW, BEFORE) for path in self.directory.glob(f"*{end}")]
         if self._unfinished is not None and not has_manifest(self._folder(self._unfinished)):
             left.append(self._folder(self._unfinished))
         self._unfinished = None
@@ -349,6 +358,16 @@ def _orbax() -> Any:
 
     hush_orbax()
     return v1
+
+
+def _save_async(folder: pathlib.Path, leaves: dict[str, Any]) -> Any:
+    orbax = _orbax()
+    size = sum(leaf.nbytes for leaf in leaves.values()) // jax.process_count()
+    seconds = min(_LEAST_SECONDS + size // _BYTES_A_SECOND, _MOST_SECONDS)
+    context = orbax.Context()
+    context.async_options.timeout_secs = seconds
+    with context:
+        return orbax.save_async(folder, leaves, overwrite=True)
 
 
 def describe_checkpoint(folder: pathlib.Path) -> dict[str, Any]:

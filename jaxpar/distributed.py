@@ -31,7 +31,8 @@ def initialize(
     It is `jax.distributed.initialize`, with its names, that listens where it is told to and gives up sooner.
 
     Under `jaxpar launch`, on Cloud TPU, and under Slurm, MPI or Kubernetes, where JAX finds the others by itself, it
-    takes no arguments. Elsewhere give all three, alike in all processes but for `process_id`. Alone it does nothing.
+    takes no arguments. Elsewhere give all three, alike in all processes but for `process_id`. Alone, without
+    arguments, it does nothing; told that it is one of one, as by `jaxpar launch -n 1`, it gives the bits of several.
     Once all have joined, one that is dead or hangs ends all others within the heartbeat and ten seconds.
 
     The first process listens at its address alone, where JAX by itself would at every one that the host has. There is
@@ -87,9 +88,11 @@ def _join(address: Any, count: Any, index: Any, bind: str | None, heartbeat: int
         raise DistributedError(
             f"process_id is {index!r}; of {count} processes give a whole number from 0 to {count - 1}."
         )
-    if count == 1:
-        return 0, 1
     _check_unused()
+    if count == 1:
+        # Joined all the same: on a CPU it then adds by gloo, in the order in which several do, and so gives their bits.
+        # But a SIGTERM ends it, as it does any process that is alone.
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             address,

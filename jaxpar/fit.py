@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxpar.evaluation import EvalStep, evaluate
+from jaxpar.lines import plain_lines
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.profiling import Profile
 from jaxpar.source import BatchesEnded, Source, place_of_all
@@ -45,7 +46,8 @@ def fit(
     Where `checkpoint` holds one, the run goes on from it: same state, same randomness, same batches. It saves every
     `checkpoint.every` steps, at the end, and when the process is asked to end (SIGTERM): then it leaves with code 143.
     A second SIGTERM ends it at once. On a terminal one live line tells step, loss, tokens/s, a step's time, model FLOPs
-    utilisation where the chip is known, and how long it will take. Without any of this it is
+    utilisation where the chip is known, and how long it will take; elsewhere, without `on_step`, a plain line a minute
+    tells step, loss and a step's time. Without any of this it is
 
         for batch in batches:
             state, metrics = train_step(state, strategy.shard_batch(batch))
@@ -87,7 +89,8 @@ def fit(
     options = _Options(train_step, steps, eval_step, checkpoint, nonfinite)
     _check_profile(profile, steps)
     estimated = _seconds_of(estimate)
-    with Preemption() as preemption, watching(train_step, steps, on_step, estimated, profile) as watch:
+    tell = plain_lines(steps) if on_step is None else on_step
+    with Preemption() as preemption, watching(train_step, steps, tell, estimated, profile) as watch:
         try:
             return _Run(options, preemption, watch).go(state, batches)
         finally:

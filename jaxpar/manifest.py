@@ -167,6 +167,13 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
         if not folder.exists():
             raise ManifestError(f"there is no {shown(folder)}") from None
         raise ManifestError(f"{shown(folder)} has no {NAME}: its save was not finished") from None
+    form = read.get("format") if isinstance(read, dict) else None
+    if type(form) is int and form > _FORMAT:
+        # Whatever else it holds may be of another structure.
+        raise ManifestError(
+            f"{shown(path)} was written by a newer jaxpar, in format {str(form)[:20]}; this one reads {_FORMAT}: "
+            "upgrade it"
+        )
     is_file = lambda entry: isinstance(entry, list) and [type(part) for part in entry] == [int, str]
     files = read.get("files") if isinstance(read, dict) else None
     if (
@@ -175,10 +182,8 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
         or not isinstance(read.get("content"), dict)
     ):
         raise ManifestError(f"{shown(path)} is damaged: it doesn't list files and their digests")
-    if read.get("format") != _FORMAT:
-        raise ManifestError(
-            f"{shown(path)} has format {shown(repr(read.get('format'))[:100])}; this jaxpar reads {_FORMAT}"
-        )
+    if form != _FORMAT:
+        raise ManifestError(f"{shown(path)} has format {shown(repr(form)[:100])}; this jaxpar reads {_FORMAT}")
     try:
         digest = _digest_of({name: told for name, told in read.items() if name != "digest"})
     except RecursionError:

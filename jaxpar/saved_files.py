@@ -17,6 +17,8 @@ from jaxpar.saved_leaves import CheckpointError
 
 # What to do about a checkpoint that must not be restored.
 REMEDY = "copy it again from where it was whole, or delete its folder"
+# One whose place a newer one takes, for as long as two renames last.
+BEFORE = ".jaxpar-before"
 # Of Orbax's own JSON, which lists each leaf, its parts and the devices that wrote it: for all, and for each leaf.
 _BYTES, _BYTES_OF_LEAF = 2**20, 2**18
 # What Orbax writes of each leaf. Its array data lies in folders of this name, packed.
@@ -87,6 +89,14 @@ def remove(path: pathlib.Path) -> None:
             path.unlink()
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def replace(old: pathlib.Path, new: pathlib.Path) -> None:
+    """Puts a finished checkpoint in an older one's place, which is whole until then."""
+    before = old.with_name(f"{old.name}{BEFORE}")
+    old.rename(before)
+    new.rename(old)
+    remove(before)
 
 
 def _check_names(path: pathlib.Path, leaves: dict[str, Any], most: int) -> None:

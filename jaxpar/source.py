@@ -9,6 +9,7 @@ import jax
 
 from jaxpar.agreement import Agreement, gather
 from jaxpar.batch import BatchError
+from jaxpar.manifest import shown
 from jaxpar.saved_leaves import CheckpointError
 
 
@@ -34,9 +35,8 @@ class Source:
     """
 
     def __init__(self, batches: Any, place: Any, number: int, mesh: Any = None):
-        is_saved = isinstance(place, dict)
-        place = place if is_saved else {}
-        self._drawn: int = place.get("drawn", number)
+        is_saved = place is not None
+        self._drawn, states = _read_place({"drawn": number} if place is None else place)
         is_function = callable(batches) and not hasattr(batches, "set_state")
         given: Any = batches(self._drawn) if is_function else batches
         if isinstance(given, Mapping) or not isinstance(given, Iterable):
@@ -48,9 +48,8 @@ class Source:
         is_stateful = not is_function and hasattr(iterator, "get_state") and hasattr(iterator, "set_state")
         if not is_function:
             # Each process has its own: of another number of them none says where its part of the rows goes on.
-            states = place.get("iterators", [])
             if is_stateful and len(states) == jax.process_count():
-                iterator.set_state(_decode(states[jax.process_index()]))
+                _set_back(iterator, states[jax.process_index()])
             elif is_saved or iterator is not batches:
                 # From the beginning; but an iterator of this run's own is where it is.
                 next(itertools.islice(iterator, self._drawn, self._drawn), None)
@@ -137,6 +136,31 @@ def place_of_all(place: dict[str, Any]) -> dict[str, Any]:
             f"The batches' get_state gave {place['iterator']!r}; it must be what JSON takes."
         ) from error
     return {"drawn": place["drawn"], "iterators": [json.loads(state) for state in states]}
+
+
+def _read_place(place: Any) -> tuple[int, list[Any]]:
+    """How many batches were drawn, and the state of each process's iterator.
+
+    Raises:
+      CheckpointError: it is no place that `fit` saves.
+    """
+    drawn, states = (place.get("drawn"), place.get("iterators", [])) if isinstance(place, dict) else (None, [])
+    if type(drawn) is not int or not 0 <= drawn < 2**31 or not isinstance(states, list):
+        raise CheckpointError(
+            f"The checkpoint's data is {shown(repr(place)[:200])}, but fit goes on from a place in the batches that it "
+            "has saved, as {'drawn': 20}; restore the state yourself, and give fit another folder."
+        )
+    return drawn, states
+
+
+def _set_back(iterator: Any, state: Any) -> None:
+    try:
+        iterator.set_state(_decode(state))
+    except Exception as error:  # whatever another's state makes it raise
+        raise CheckpointError(
+            f"The batches' set_state can't take what the checkpoint has of them: {type(error).__name__}: "
+            f"{shown(str(error)[:200])}. Give the batches that it was saved with, or a function batches(step)."
+        ) from error
 
 
 def _encode(state: Any) -> Any:

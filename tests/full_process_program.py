@@ -1,6 +1,5 @@
 """Two processes that save four steps; one of them finds no room for its part of the second: program.py FOLDER WHICH."""
 
-import os
 import resource
 import sys
 
@@ -10,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpar
+from jaxpar import checkpoint as checkpoint_module
 
 
 def main(folder, which):
@@ -18,6 +18,8 @@ def main(folder, which):
     index, _ = jaxpar.initialize()
     sharding = NamedSharding(jaxpar.make_mesh(fsdp=4), P("fsdp"))
     state = {"w": jax.jit(lambda: jax.random.normal(jax.random.key(0), (512, 1024)), out_shardings=sharding)()}
+    # Or else Python would wait at its end for the thread of Orbax's that waits for the process that failed.
+    checkpoint_module._LEAST_SECONDS = 15
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints = jaxpar.Checkpoints(folder, every=1)
     for number in range(1, 5):
@@ -33,8 +35,6 @@ def main(folder, which):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     multihost_utils.sync_global_devices("the end")
     print("whole", [step for step in checkpoints.steps if checkpoints.verify(step)], flush=True)
-    # A thread of Orbax's may still wait for the process that failed: Python would wait for it.
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ import optax
 import pytest
 from flax import nnx
 from models import sub_mesh
+from orbax.checkpoint import v1
+from orbax.checkpoint.experimental.v1._src.context.context import get_context
 
 import jaxpar
+from jaxpar import checkpoint as checkpoint_module
 from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning, describe_checkpoint
-from jaxpar.manifest import NAME, _digest_of
+from jaxpar.manifest import NAME, _digest_of, write_manifest
 from jaxpar.state import is_key, named_leaves
 
 
@@ -226,7 +229,9 @@ def test_a_save_that_was_cut_off_is_passed_over_and_written_anew(saved, tmp_path
         ),
         (lambda told: told["content"]["leaves"].update(step=[[], "float32"]), r"has 'step' as \(\) float32, but"),
         (lambda told: told["content"]["leaves"].update(step=3), "lists no leaves"),
-        (lambda told: told.update(format=9), "has format 9; this jaxpar reads 1"),
+        (lambda told: told.update(format=9), "written by a newer jaxpar, in format 9; this one reads 1: upgrade it"),
+        (lambda told: told.update(format=9, files=[]), "written by a newer jaxpar, in format 9"),
+        (lambda told: told.update(format=0), "has format 0; this jaxpar reads 1"),
         (lambda told: told.update(files=[]), "is damaged"),
         (lambda told: told["files"].update({"../../x": [1, "0"]}), "is missing"),
     ],
@@ -364,3 +369,49 @@ def test_a_checkpoint_tells_of_itself(saved):
     assert told["bytes"] > 1000
     with pytest.raises(CheckpointError, match="its save was not finished"):
         describe_checkpoint(pathlib.Path("/tmp"))
+
+
+def test_a_step_that_is_saved_anew_is_there_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    there = []
+
+    def write(folder, content):
+        # What a kill would leave by now.
+        there.append((tmp_path / "1" / NAME).exists() and jaxpar.Checkpoints(tmp_path).restore(like).state["w"][0])
+        write_manifest(folder, content)
+
+    monkeypatch.setattr(checkpoint_module, "write_manifest", write)
+    like = {"w": jnp.zeros(4)}
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        for value in (1.0, 2.0, 3.0):
+            checkpoints.save({"w": jnp.full(4, value)}, step=1)
+        assert checkpoints.restore(like).state["w"][0] == 3
+    assert there == [False, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_what_a_save_in_anothers_place_has_left_is_removed_by_the_next(saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    shutil.copytree(folder / "2", folder / "2.jaxpar-new")
+    shutil.copytree(folder / "2", folder / "2.jaxpar-before")
+    with Checkpoints(folder, every=1) as checkpoints:
+        assert checkpoints.steps == [1, 2]
+        checkpoints.save({"w": jnp.ones(4)}, step=3)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_process_waits_for_others_longer_the_more_they_write(tmp_path, monkeypatch, capfd):
+    found = []
+    save_async = v1.save_async
+
+    def note(*given, **more):
+        found.append(get_context().async_options.timeout_secs)
+        return save_async(*given, **more)
+
+    monkeypatch.setattr(v1, "save_async", note)
+    monkeypatch.setattr(checkpoint_module, "_BYTES_A_SECOND", 1024)
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        for size in (1, 2**10, 2**20):
+            checkpoints.save({"w": jnp.zeros(size)}, step=1)
+    assert found == [120, 124, 1200]
+    # Orbax would warn at each save of options that it takes no more.
+    assert "deprecated" not in capfd.readouterr().err

@@ -24,8 +24,8 @@ from models import sub_mesh
 from rich.console import Console
 
 import jaxpar
-from jaxpar import Profile
-from jaxpar.checkpoint import CheckpointWarning
+from jaxpar import Profile, lines
+from jaxpar.checkpoint import CheckpointError, CheckpointWarning
 from jaxpar.fit import FitError
 from jaxpar.progress import show_steps
 from jaxpar.work import Meter, Work, peak_flops
@@ -298,6 +298,43 @@ def test_a_run_goes_on_without_a_checkpoint_too(step):
     assert bits(state) == bits(by_hand(step, 6)[0])
 
 
+class SetBack:
+    """Batches that can be set back to a place of their own kind alone."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return draw(0)
+
+    def get_state(self):
+        return {"at": 3}
+
+    def set_state(self, state):
+        assert state["at"] == 3
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"drawn": -5}, r"The checkpoint's data is \{'drawn': -5\}, but fit goes on from a place in the batches"),
+        ({"drawn": True}, "data is .*True"),
+        ({"drawn": 2.0}, "data is .*2.0"),
+        ({"drawn": 2**31}, "data is .*2147483648"),
+        ({"drawn": 2, "iterators": {}}, "data is .*iterators"),
+        ({"epoch": 3}, "data is .*epoch.*restore the state yourself, and give fit another folder"),
+        ([2], r"data is \[2\]"),
+        ({"drawn": 2, "iterators": [{"index": 7}]}, "set_state can't take what .* of them: KeyError: 'at'. Give the"),
+        ({"drawn": 2, "iterators": [{"bytes": "no hex"}]}, "set_state can't take what .* of them: ValueError"),
+    ],
+)
+def test_a_place_that_is_not_of_these_batches_is_named(step, tmp_path, place, message):
+    with jaxpar.Checkpoints(tmp_path, every=1) as checkpoints:
+        checkpoints.save(start(step), data=place)
+        with pytest.raises(CheckpointError, match=message):
+            jaxpar.fit(step, start(step), SetBack(), steps=3, checkpoint=checkpoints)
+
+
 def test_a_state_beyond_its_folder_is_not_thrown_away(step, tmp_path):
     with jaxpar.Checkpoints(tmp_path, every=2) as checkpoints:
         jaxpar.fit(step, start(step), batches, steps=2, checkpoint=checkpoints)
@@ -341,6 +378,23 @@ def test_what_an_evaluation_gave_stays_on_the_line(step, terminal, capsys):
 
 def test_where_errors_go_to_no_terminal_there_is_no_line(step, capsys):
     jaxpar.fit(step, start(step), batches, steps=2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_where_errors_go_to_no_terminal_a_plain_line_a_minute_tells_how_it_goes(step, capsys, monkeypatch):
+    clock = itertools.count(0, 25)
+    monkeypatch.setattr(lines, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    jaxpar.fit(step, start(step), batches, steps=7)
+    out, err = capsys.readouterr()
+    assert out == ""
+    # At 0 s it begins, and each step takes 25.
+    told = [re.sub(r"loss [\d.]+", "loss x", line) for line in err.splitlines()]
+    assert told == ["step 3 of 7  loss x", "step 6 of 7  loss x  2.5e+04 ms a step"]
+
+
+def test_a_logger_of_the_users_own_leaves_no_other_lines(step, capsys, monkeypatch):
+    monkeypatch.setattr(lines, "_SECONDS", 0)
+    jaxpar.fit(step, start(step), batches, steps=2, on_step=lambda number, metrics: None)
     assert capsys.readouterr() == ("", "")
 
 

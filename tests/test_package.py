@@ -114,7 +114,7 @@ ISLANDS = ["schedule", "sequence", "context", "splash", "expert", "stack", "pipe
 UNDER_ISLANDS = {"targets", "mesh", "state", "loss"}
 # What runs a step for real, each importing only those before it and these.
 RUNNING = ["manifest", "saved_leaves", "saved_files", "failures", "agreement", "checkpoint", "preemption", "source"]
-RUNNING += ["tokens", "work", "progress", "profiling", "watch", "fit"]
+RUNNING += ["tokens", "work", "progress", "profiling", "watch", "lines", "fit"]
 UNDER_RUNNING = {*CORE, "evaluation", "estimation.chips", "inspection.flops"} - ENGINES
 # What reads a program's text knows nothing of steps.
 READERS = [

@@ -1,5 +1,6 @@
 """Programs kept on disk: read back, damaged, too many, a folder that others can write, and none."""
 
+import errno
 import os
 
 import pytest
@@ -61,3 +62,19 @@ def test_without_a_named_folder_it_is_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     program_cache.write("a", CONTENT)
     assert (tmp_path / "jaxpar" / "a.json.gz").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_none_is_kept(folder):
+    folder.write_text("a file")
+    with pytest.warns(UserWarning, match="programs is no folder that can be made: compiled programs are not kept"):
+        program_cache.write("a", CONTENT)
+
+
+def test_a_program_that_cannot_be_written_is_named_and_leaves_no_part(folder, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.warns(UserWarning, match="can't be kept in .*programs: No space left on device; name another folder"):
+        program_cache.write("a", CONTENT)
+    assert not list(folder.iterdir())
