@@ -1059,15 +1059,15 @@ MUTATIONS += [
     Mutation(
         "ragged: sizes to send and to take mixed up",
         "expert.py",
-        "slices = (starts_DD[index], sizes_DD[index], first_D, sizes_DD[:, index])",
-        "slices = (starts_DD[index], sizes_DD[:, index], first_D, sizes_DD[index])",
+        "starts_DD[index], sizes_DD[index], first_D, sizes_DD[:, index])",
+        "starts_DD[index], sizes_DD[:, index], first_D, sizes_DD[index])",
         EXPERT + "the_ragged_form_of_the_exchange_does_the_same[expert_8]",
     ),
     Mutation(
         "ragged: rows come back to the owner's starts",
         "expert.py",
-        "slices = (first_D, sizes_DD[:, index], starts_DD[:, index], sizes_DD[index])",
-        "slices = (first_D, sizes_DD[:, index], starts_DD[index], sizes_DD[index])",
+        "first_D, sizes_DD[:, index], starts_DD[:, index], sizes_DD[index])",
+        "first_D, sizes_DD[:, index], starts_DD[index], sizes_DD[index])",
         EXPERT + "the_ragged_form_of_the_exchange_does_the_same[expert_8]",
     ),
     Mutation(
