@@ -19,7 +19,6 @@ from models import VOCAB, NnxBlock, make_embed, sub_mesh
 
 import jaxpar
 from jaxpar import ContextError, context, ring_attention, split_sequence, ulysses_attention, zigzag, zigzag_order
-from jaxpar.testing import assert_trains_like_one_device
 
 ATTENTIONS = {"ring": ring_attention, "ulysses": ulysses_attention}
 BATCH, HEAD_SIZE = 2, 4
@@ -484,38 +483,6 @@ TRAINED = {
     ),
     "model": (lambda: jaxpar.sharded(sub_mesh(model=4), jaxpar.MEGATRON), "ring", True),
 }
-
-
-def check_training(name, num_microbatches):
-    strategy, attention, splits = TRAINED[name]
-    return assert_trains_like_one_device(
-        make_init(attention, splits),
-        loss_fn,
-        BATCHES,
-        strategy(),
-        num_microbatches=num_microbatches,
-        dtypes=("float64",),
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "num_microbatches"),
-    [("data_context", 2), pytest.param("context_model", 1, marks=pytest.mark.slow)],
-)
-def test_a_model_trains_like_one_device_with_its_sequence_split(name, num_microbatches):
-    assert check_training(name, num_microbatches).steps == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "num_microbatches"),
-    [
-        *[(name, count) for name in ("context", "ulysses", "model") for count in (1, 2)],
-        *[("data_context", 1), ("context_model", 2), ("fsdp_context", 1), ("fsdp_context", 2)],
-    ],
-)
-def test_more_models_train_like_one_device_with_their_sequence_split(name, num_microbatches):
-    assert check_training(name, num_microbatches).steps == 2
 
 
 def compile_training(splits):

@@ -450,25 +450,6 @@ def train(kind, init_fn, loss_fn, **build):
     )
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["data_expert", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp_expert", "expert_model", "data"))],
-)
-def test_an_nnx_mixture_with_its_losses_trains_like_one_device(kind):
-    assert train(kind, init_nnx, balanced_loss).steps == 3
-
-
-@pytest.mark.slow
-def test_a_linen_mixture_with_its_losses_trains_like_one_device():
-    assert train("data_expert", init_linen, balanced_loss).steps == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["data_expert", "fsdp_expert"])
-def test_a_mixture_in_microbatches_trains_like_one_device(kind):
-    assert train(kind, init_nnx, balanced_loss, num_microbatches=2).steps == 3
-
-
 @pytest.mark.parametrize("kind", ["data_expert", pytest.param("fsdp_expert", marks=pytest.mark.slow)])
 def test_microbatches_without_the_balance_loss_make_the_step_of_the_whole_batch(kind):
     (batch,) = make_batches(1)
@@ -489,11 +470,6 @@ def test_a_padded_batch_is_mixed_row_by_row():
         init_nnx, plain_loss, [padded], STRATEGIES["data_expert"](), dtypes=("float64",)
     )
     assert report.steps == 1
-
-
-@pytest.mark.slow
-def test_under_pmap_each_shard_has_its_own_balance():
-    assert train("pmap", init_nnx, balanced_loss).steps == 3
 
 
 def test_a_loop_traces_once_and_experts_and_moments_stay_split():

@@ -91,22 +91,6 @@ STRATEGIES = {
     "data_stage_model": lambda: jaxpar.sharded(sub_mesh(data=2, stage=2, model=2), jaxpar.PIPELINE, jaxpar.MEGATRON),
     "pmap": lambda: jaxpar.data_parallel(jax.devices()[:2]),
 }
-CELLS = [
-    (strategy, loss, dropout, 2 if strategy == "data_stage" and dropout else 1)
-    for strategy in STRATEGIES
-    for loss in LOSSES
-    for dropout in (0.0, 0.3)
-]
-FAST = [
-    ("data_stage", "1f1b", 0.0, 1),
-    # A ring of as many slots as stages would be too short for its microbatches.
-    ("stage", "1f1b", 0.0, 1),
-    ("stages", "pipeline", 0.3, 1),
-    ("stage_model", "gpipe", 0.0, 1),
-    ("fsdp_stage_model", "1f1b", 0.0, 1),
-    ("data_stage", "pipeline", 0.3, 2),
-    ("pmap", "1f1b", 0.3, 1),
-]
 
 
 def make_batches(count=3, rows=ROWS):
@@ -124,22 +108,6 @@ def make_batches(count=3, rows=ROWS):
 @functools.cache
 def make_init_fn(dropout):
     return lambda rng: jaxpar.TrainState.create(Decoder(dropout, nnx.Rngs(rng)), SGD)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "loss", "dropout", "num_microbatches"),
-    [cell if cell in FAST else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
-)
-def test_a_pipeline_trains_like_one_device(strategy, loss, dropout, num_microbatches):
-    agreement = jaxpar.testing.assert_trains_like_one_device(
-        make_init_fn(dropout),
-        LOSSES[loss],
-        make_batches(),
-        STRATEGIES[strategy](),
-        dtypes=("float64",),
-        num_microbatches=num_microbatches,
-    )
-    assert agreement.runs[0].params < 1e-12
 
 
 class LinenBlock(linen.Module):
