@@ -521,7 +521,7 @@ ERRORS = {
         lambda: mix(make_inputs(dtype="float32")._replace(x=[[1.0]])),
         r"x is of list; give floating-point arrays\.",
     ),
-    "x_of_one_dim": (lambda: mix(shrink("x", 8)), r"x has shape \(8,\); give rows, any more dims, and the features"),
+    "x_of_one_dim": (lambda: mix(shrink("x", 8)), r"x has shape \(8,\); give rows, any more dims, and features"),
     "x_without_rows": (lambda: mix(shrink("x", 0, 4, 8)), r"x has shape \(0, 4, 8\); .* features last, none of them 0"),
     "x_without_tokens": (lambda: mix(shrink("x", 8, 0, 8)), r"x has shape \(8, 0, 8\); .* none of them 0"),
     "router_of_other_features": (
