@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import check_axis_name, island_size
+from jaxpar.mesh import check_axis_name, current_mesh, island_size, run_as_one
 from jaxpar.sequence import CONTEXT_SIZE, ContextError, check_divides
 
 _AXIS = "context"
@@ -67,7 +67,8 @@ def ring_attention(
     k_BTKD, v_BTKD = (_repeat_heads(x, heads, model) for x in (k_BTKD, v_BTKD))
     attend, split = functools.partial(_attend, kernel), PartitionSpec(None, _AXIS)
     if size > 1:
-        attend = jax.shard_map(attend, in_specs=split, out_specs=split, axis_names={_AXIS}, check_vma=False)
+        island = jax.shard_map(attend, in_specs=split, out_specs=split, axis_names={_AXIS}, check_vma=False)
+        attend = run_as_one(island)
     return attend(q_BTHD, k_BTKD, v_BTKD, masks)
 
 
@@ -123,8 +124,10 @@ def split_sequence(x: jax.Array, *, axis: str = "model") -> jax.Array:
     'model'
     """
     check_axis_name(axis)
-    if np.ndim(x) < 2:
-        raise ContextError(f"x has shape {np.shape(x)}; split_sequence takes rows, tokens and any more dims.")
+    if not hasattr(x, "dtype") or np.ndim(x) < 2:
+        raise ContextError(
+            f"x is a {type(x).__name__} of shape {np.shape(x)}; give an array of rows, tokens, and more."
+        )
     if _automatic_size(axis) == 1:
         return x
     axes = tuple(name for name in dict.fromkeys((_AXIS, axis)) if _automatic_size(name) > 1)
@@ -305,12 +308,13 @@ def _repeat_heads(x_BTKD: jax.Array, heads: int, parts: int) -> jax.Array:
 def _constrain(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
     """`x` with dims 1 and on split by `spec`, and all others as the compiler likes; as it is for no spec."""
     free = [PartitionSpec.UNCONSTRAINED] * x.ndim
-    return lax.with_sharding_constraint(x, PartitionSpec(*[free[0], *spec, *free][: x.ndim])) if spec else x
+    full = PartitionSpec(*[free[0], *spec, *free][: x.ndim])
+    return run_as_one(lambda x: lax.with_sharding_constraint(x, full))(x) if spec else x
 
 
 def _automatic_size(axis: str) -> int:
     """The size of an axis that is left to the compiler here; 1 for any other."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     return 1 if axis in mesh.manual_axes else mesh.shape.get(axis, 1)
 
 

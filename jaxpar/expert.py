@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import BATCH_AXES, automatic_axes, island_size, takes_rows_alone
+from jaxpar.mesh import BATCH_AXES, automatic_axes, island_size, run_as_one, takes_rows_alone
 
 _AXIS = "expert"
 
@@ -114,13 +114,14 @@ def mixture_of_experts(
         owners = _AXIS if size > 1 else None
         column, row = PartitionSpec(owners, None, hidden or None), PartitionSpec(owners, hidden or None)
         kernel_specs: Any = (column, column, row)
-        mix = jax.shard_map(
+        island = jax.shard_map(
             mix,
             in_specs=(PartitionSpec(*dims), PartitionSpec(*dims), ExpertKernels(*kernel_specs)),
             out_specs=(PartitionSpec(hidden or None, *dims), PartitionSpec((*rows, *tokens) or None)),
             axis_names=set(axes),
             check_vma=False,
         )
+        mix = run_as_one(island)
     parts, counts = mix(x, logits, kernels)
     # Summed out here, the parts that `model` has cost one all-reduce, or a reduce-scatter where tokens are split next.
     return lax.reduce_sum(parts, (0,)), _measure(logits, counts.sum(0), top_k)
@@ -233,6 +234,10 @@ def _plan_routes(counts_E: jax.Array, size: int) -> _Routes:
     return _Routes(sizes_DD, starts_DD, counts_DDL[:, index], index)
 
 
+# JAX has no batch of it: one after the other.
+_exchange = jax.custom_batching.sequential_vmap(lambda *arrays: lax.ragged_all_to_all(*arrays, axis_name=_AXIS))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _send(fit: _Fit, rows_MC: jax.Array, routes: _Routes) -> jax.Array:
     """The rows that all sources have for this owner, S C: R places for each source, zeros where there is no row."""
@@ -241,8 +246,7 @@ def _send(fit: _Fit, rows_MC: jax.Array, routes: _Routes) -> jax.Array:
     def ragged(rows_MC: jax.Array) -> jax.Array:
         places_SC = jnp.zeros((fit.size * fit.room, rows_MC.shape[1]), rows_MC.dtype)
         first_D = jnp.full(fit.size, index * fit.room, jnp.int32)
-        slices = (starts_DD[index], sizes_DD[index], first_D, sizes_DD[:, index])
-        return lax.ragged_all_to_all(rows_MC, places_SC, *slices, axis_name=_AXIS)
+        return _exchange(rows_MC, places_SC, starts_DD[index], sizes_DD[index], first_D, sizes_DD[:, index])
 
     def dense(rows_MC: jax.Array) -> jax.Array:
         offsets_R, sizes_D1, starts_D1 = jnp.arange(fit.room), sizes_DD[index, :, None], starts_DD[index, :, None]
@@ -261,8 +265,7 @@ def _fetch(fit: _Fit, places_SC: jax.Array, routes: _Routes) -> jax.Array:
     def ragged(places_SC: jax.Array) -> jax.Array:
         rows_MC = jnp.zeros((fit.count, places_SC.shape[1]), places_SC.dtype)
         first_D = jnp.arange(fit.size, dtype=jnp.int32) * fit.room
-        slices = (first_D, sizes_DD[:, index], starts_DD[:, index], sizes_DD[index])
-        return lax.ragged_all_to_all(places_SC, rows_MC, *slices, axis_name=_AXIS)
+        return _exchange(places_SC, rows_MC, first_D, sizes_DD[:, index], starts_DD[:, index], sizes_DD[index])
 
     def dense(places_SC: jax.Array) -> jax.Array:
         rows_M = jnp.arange(fit.count)
@@ -299,8 +302,8 @@ def _run_experts(rows_C: jax.Array, kernels: ExpertKernels, counts: jax.Array) -
     """Each expert's gated MLP of its rows, which lie in the experts' order; zeros for the rows after the last one's."""
     is_row = (jnp.arange(rows_C.shape[0]) < counts.sum())[:, None]
     # vmap can take ragged_dot only where it maps all the arguments (jax 0.12): so it does, and nothing is added.
-    nothing = lax.stop_gradient(jnp.where(False, rows_C[0, 0], 0))
-    counts = counts + nothing.astype(counts.dtype)
+    nothing = lax.stop_gradient(jnp.where(False, sum((array.ravel()[0] for array in kernels), rows_C[0, 0]), 0))
+    rows_C, counts = rows_C + nothing, counts + nothing.astype(counts.dtype)
 
     def multiply(rows: jax.Array, kernel: jax.Array) -> jax.Array:
         if takes_rows_alone():
@@ -322,17 +325,13 @@ def _take(rows: jax.Array, index: jax.Array, back: jax.Array) -> jax.Array:
     return _rows_at(rows, index)
 
 
-def _take_forward(rows: jax.Array, index: jax.Array, back: jax.Array) -> tuple[jax.Array, Any]:
-    return _take(rows, index, back), (rows.shape[0], index, back)
-
-
 def _take_backward(saved: Any, grad: jax.Array) -> tuple[jax.Array, None, None]:
     count, _, back = saved
     # A row taken several times, as a token by its choices, stands as often in `back`, one after the other.
     return _rows_at(grad, back).reshape(count, -1, grad.shape[1]).sum(1), None, None
 
 
-_take.defvjp(_take_forward, _take_backward)
+_take.defvjp(lambda rows, index, back: (_take(rows, index, back), (rows.shape[0], index, back)), _take_backward)
 
 
 def _rows_at(rows: jax.Array, index: jax.Array) -> jax.Array:
@@ -363,8 +362,8 @@ def _check_arrays(x: Any, router: Any, experts: Any, top_k: Any) -> None:
         dtype = getattr(array, "dtype", type(array).__name__)
         if not hasattr(array, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
             raise ExpertError(f"{name} is of {dtype}; give floating-point arrays.")
-    if np.ndim(x) < 2:
-        raise ExpertError(f"x has shape {np.shape(x)}; give rows, any more dims, and the features last.")
+    if np.ndim(x) < 2 or 0 in np.shape(x):
+        raise ExpertError(f"x has shape {np.shape(x)}; give rows, any more dims, and features last, none of them 0.")
     features = x.shape[-1]
     if np.ndim(router) != 2 or router.shape[0] != features:
         raise ExpertError(

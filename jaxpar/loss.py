@@ -90,7 +90,7 @@ def call_model(
     """
     rng, *numbers = keys
     folded = {
-        name: jax.tree.map(lambda leaf: _fold_leaf(leaf, numbers), leaves) if name in static.rng_collections else leaves
+        name: jax.tree.map(lambda leaf: fold_leaf(leaf, numbers), leaves) if name in static.rng_collections else leaves
         for name, leaves in model_state.items()
     }
     model = build_model(static, params, folded)
@@ -175,8 +175,9 @@ def fold(key: jax.Array, numbers: Any) -> jax.Array:
 
 
 def grow(array: jax.Array) -> jax.Array:
-    """Returns the array in float32, or wider if it was: what sums are kept in."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    """Returns the array in float32, or wider if it was, as whole numbers are under x64: what sums are kept in."""
+    least = jnp.float32 if jnp.issubdtype(array.dtype, jnp.floating) else jnp.result_type(float)
+    return array.astype(jnp.promote_types(array.dtype, least))
 
 
 class _WithoutWeight(dict):
@@ -198,7 +199,8 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def _fold_leaf(leaf: jax.Array, numbers: Any) -> jax.Array:
+def fold_leaf(leaf: jax.Array, numbers: Any) -> jax.Array:
+    """Returns the leaf, with each number folded into it if it holds random keys."""
     if not is_key(leaf):
         return leaf
     # A scanned stack of layers holds a key a layer.

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxpar.targets import read_target, target_devices, target_of
 
@@ -114,7 +114,7 @@ def check_devices(devices: Any) -> np.ndarray:
 def check_axis_name(axis: str) -> None:
     """Raises MeshError, with the nearest name, unless `axis` is one of `jaxpar.AXES`."""
     if axis not in AXES:
-        near = f" (here it is {_ALSO_CALLED[axis]!r})" if axis in _ALSO_CALLED else nearest(axis, AXES)
+        near = f" (here it is {_ALSO_CALLED[axis]!r})" if str(axis) in _ALSO_CALLED else nearest(str(axis), AXES)
         raise MeshError(f"Mesh axis {axis!r} is unknown{near}; the axes are {', '.join(AXES)}.")
 
 
@@ -153,12 +153,7 @@ def check_mesh(mesh: Mesh) -> None:
     ordered = tuple(axis for axis in AXES if axis in mesh.axis_names)
     if mesh.axis_names != ordered:
         raise MeshError(f"Mesh axes are {mesh.axis_names}, but must lie in the order {ordered}; make_mesh orders them.")
-    explicit = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]
-    if explicit:
-        raise MeshError(
-            f"Mesh axes {explicit} are not of type Auto; pass axis_types=(AxisType.Auto,) * {len(mesh.axis_names)} to "
-            "jax.make_mesh, or use jaxpar.make_mesh."
-        )
+    _check_no_axis_is(mesh, AxisType.Explicit, AxisType.Manual)
 
 
 def count_shards(mesh: Mesh, axes: Sequence[str]) -> int:
@@ -170,6 +165,17 @@ def count_shards(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
 
 
+def current_mesh() -> AbstractMesh:
+    """Returns the mesh under which an island is traced, perhaps one without axes.
+
+    Raises:
+      MeshError: it has Explicit axes, as `jax.make_mesh` makes them by default.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    _check_no_axis_is(mesh, AxisType.Explicit)
+    return mesh
+
+
 def island_size(axis: str) -> int:
     """Returns the size of `axis` on the mesh under which an island is traced: 1 where there is none.
 
@@ -178,8 +184,8 @@ def island_size(axis: str) -> int:
     has no such axis.
 
     Raises:
-      MeshError: the island stands in one over the same axis, or over an axis that comes later in `jaxpar.AXES`: JAX
-        0.12 would abort the process.
+      MeshError: the mesh has Explicit axes. Or the island stands in one over the same axis, or over an axis that comes
+        later in `jaxpar.AXES`: JAX 0.12 would abort the process.
 
     >>> island_size("stage")
     1
@@ -187,7 +193,7 @@ def island_size(axis: str) -> int:
     ...     island_size("stage")
     4
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     size = mesh.shape.get(axis, 1)
     if size == 1:
         return 1
@@ -212,9 +218,18 @@ def automatic_axes() -> tuple[str, ...]:
     ...     automatic_axes(), jax.vmap(lambda x: len(automatic_axes()), axis_name="data")(np.ones(3))
     (('data', 'model'), Array([1, 1, 1], dtype=int32...))
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     first = 1 + max((AXES.index(axis) for axis in mesh.manual_axes if axis in AXES), default=-1)
     return tuple(axis for axis in AXES[first:] if mesh.shape.get(axis, 1) > 1 and not _is_bound(axis))
+
+
+def run_as_one(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `fn` jitted, for an island to run outside a jit too: op by op, JAX leaves no axis to the compiler.
+
+    >>> run_as_one(lambda x: x + 1)(1)
+    Array(2, dtype=int32, weak_type=True)
+    """
+    return jax.jit(fn)
 
 
 def takes_rows_alone() -> bool:
@@ -223,6 +238,15 @@ def takes_rows_alone() -> bool:
     There is nothing to split then, and an island is its plain function.
     """
     return _is_bound(ROW_AXIS)
+
+
+def _check_no_axis_is(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> None:
+    named = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind in kinds]
+    if named:
+        raise MeshError(
+            f"Mesh axes {named} are not of type Auto; pass axis_types=(AxisType.Auto,) * {len(mesh.axis_names)} to "
+            "jax.make_mesh, or use jaxpar.make_mesh."
+        )
 
 
 def _is_bound(axis: str) -> bool:
@@ -290,9 +314,10 @@ def _lay_slices(
     """The devices laid out so that `axis` alone crosses between slices: its outer part, as JAX's hybrid mesh does."""
     by_process = slice_of is None and _process_is_slice(devices)
     groups: dict[int, list[jax.Device]] = {}
-    for device in devices:
-        known = device.process_index if by_process else getattr(device, "slice_index", 0)
-        groups.setdefault(known if slice_of is None else slice_of(device), []).append(device)
+    known = lambda device: device.process_index if by_process else getattr(device, "slice_index", 0)
+    indices = [known(device) for device in devices] if slice_of is None else _call_slice_of(slice_of, devices)
+    for index, device in zip(indices, devices, strict=True):
+        groups.setdefault(index, []).append(device)
     _check_slices(shape, slices, axis, {index: len(group) for index, group in groups.items()})
     inside = {name: size // slices if name == axis else size for name, size in shape.items()}
     if slice_of is not None:
@@ -305,6 +330,15 @@ def _lay_slices(
         process_is_granule=by_process,
         allow_split_physical_axes=target_of(devices[0]) is not None,
     )
+
+
+def _call_slice_of(slice_of: Any, devices: np.ndarray) -> list[Any]:
+    if not callable(slice_of):
+        raise MeshError(f"slice_of is {slice_of!r}; give a function of a device, as lambda device: device.id // 4.")
+    indices = [slice_of(device) for device in devices]
+    if not any(all(isinstance(index, kind) for index in indices) for kind in (int | np.integer, str)):
+        raise MeshError(f"slice_of gave {indices}; give for each device its slice's number, or for each a name.")
+    return indices
 
 
 def _process_is_slice(devices: np.ndarray) -> bool:

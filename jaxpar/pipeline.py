@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import island_size, takes_rows_alone
+from jaxpar.mesh import island_size, run_as_one, takes_rows_alone
 from jaxpar.stack import (
     STAGE,
     PipelineError,
@@ -67,45 +67,49 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
     check_layers(run, jax.eval_shape(lambda: take_microbatch(x, stage_microbatches, 0)), more, stages)
     if stage_microbatches == 1:
         return run_layers(run.fn, run.leaves, x, more, 0)
+    params, narrow = widen((run.leaves, more))
+
+    def run_part(params: Any, x: Any, number: Any) -> Any:
+        # Narrow in here: all microbatches' gradients are then summed in float32.
+        leaves, more = narrow(params)
+        return run_layers(run.fn, leaves, x, more, number)
+
     if stages == 1:
         parts = jax.tree.map(lambda leaf: _split(leaf, stage_microbatches), x)
-        run_part = lambda part: run_layers(run.fn, run.leaves, part[1], more, part[0])
-        return jax.tree.map(_join, lax.map(run_part, (jnp.arange(stage_microbatches), parts)))
+        run_next = lambda part: run_part(params, part[1], part[0])
+        return jax.tree.map(_join, lax.map(run_next, (jnp.arange(stage_microbatches), parts)))
 
-    whole, narrow = widen((x, more))
-
-    def run_stages(leaves: Any, whole: Any) -> Any:
-        return _gpipe(_Flow(run.fn, stages, stage_microbatches), leaves, *narrow(whole))
-
-    stacked = jax.shard_map(
-        run_stages,
-        in_specs=(PartitionSpec(STAGE), PartitionSpec()),
+    whole, narrow_x = widen(x)
+    flow = _Flow(run_part, stages, stage_microbatches)
+    island = jax.shard_map(
+        lambda params, whole: _gpipe(flow, params, narrow_x(whole)),
+        in_specs=((PartitionSpec(STAGE), PartitionSpec()), PartitionSpec()),
         out_specs=PartitionSpec(STAGE),
         axis_names={STAGE},
         check_vma=False,
-    )(run.leaves, whole)
+    )
     # What the last stage has.
-    return jax.tree.map(lambda leaf: leaf[-1], stacked)
+    return jax.tree.map(lambda leaf: leaf[-1], run_as_one(island)(params, whole))
 
 
 class _Flow(NamedTuple):
-    """What of a pipeline is fixed when it is traced."""
+    """What of a pipeline is fixed when it is traced: `run(params, x, number)` is a stage's work on a microbatch."""
 
-    fn: Callable[..., Any]
+    run: Callable[..., Any]
     stages: int
     microbatches: int
 
 
-def _gpipe(flow: _Flow, leaves: Any, x: Any, more: Any) -> Any:
+def _gpipe(flow: _Flow, params: Any, x: Any) -> Any:
     """What this stage gives on each microbatch, with a leading dim for the stage."""
     stage, count = lax.axis_index(STAGE), flow.microbatches
     is_active = lambda number: (number >= 0) & (number < count)
 
     # Around the cond, not in it: else the loop would keep the layers' leaves of each tick beside its input.
     @jax.checkpoint
-    def run(leaves: Any, x: Any, more: Any, number: Any) -> Any:
-        do = lambda x, leaves, more: run_layers(flow.fn, leaves, x, more, number)
-        return when(is_active(number), do, lambda x, *_: x, x, leaves, more)
+    def run(params: Any, x: Any, number: Any) -> Any:
+        do = lambda x, params: flow.run(params, x, number)
+        return when(is_active(number), do, lambda x, _: x, x, params)
 
     def tick(carry: Any, time: Any) -> Any:
         x_before, out = carry
@@ -113,7 +117,7 @@ def _gpipe(flow: _Flow, leaves: Any, x: Any, more: Any) -> Any:
         # What is idle gets rows of its own: of zeros, that nobody made, a layer's gradient may be NaN.
         own = (stage == 0) | ~is_active(number)
         x_here = jax.tree.map(lambda x, sent: jnp.where(own, take_rows(x, count, number), sent), x, x_before)
-        y = run(leaves, x_here, more, number)
+        y = run(params, x_here, number)
         # What is idle at the last stage comes before its first microbatch, whose place it takes till then.
         out = put(out, y, number)
         return (send(y, flow.stages), out), None

@@ -11,8 +11,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from jaxpar.loss import Weighted, check_values, read_loss
-from jaxpar.mesh import island_size, takes_rows_alone
+from jaxpar.loss import Weighted, check_values, grow, read_loss
+from jaxpar.mesh import island_size, run_as_one, takes_rows_alone
 from jaxpar.schedule import check_name
 from jaxpar.stack import (
     STAGE,
@@ -117,16 +117,16 @@ class _LossFlow(NamedTuple):
 
 def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple[Weighted, dict[str, Any]]:
     """The sums of loss and metrics; JAX's own backward pass over it is GPipe's."""
-    (first, last), narrow = widen((floats[0], floats[2]))
+    wide, narrow = widen(floats)
 
-    def shard(floats: Any, others: Any, batch: Any) -> Any:
-        first, last = narrow((floats[0], floats[2]))
-        floats = (first, floats[1], last)
+    def shard(wide: Any, others: Any, batch: Any) -> Any:
         stage, run = lax.axis_index(STAGE), _bind(flow, others)
         is_active = lambda number: (number >= 0) & (number < flow.microbatches)
-        x_zero, sums_zero = run.zeros(floats, batch)
+        x_zero, sums_zero = run.zeros(narrow(wide), batch)
 
-        def forward(floats: Any, x: Any, number: Any) -> Any:
+        def forward(wide: Any, x: Any, number: Any) -> Any:
+            # Narrow in here: all microbatches' gradients are then summed in float32.
+            floats = narrow(wide)
             rows = take_microbatch(batch, flow.microbatches, number)
             # What is idle starts with rows too: of zeros, that nobody made, a layer's gradient may be NaN.
             starts = (stage == 0) | ~is_active(number)
@@ -137,18 +137,18 @@ def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple
 
         # Around the cond, not in it: else the loop would keep the parameters of each tick beside its input.
         @jax.checkpoint
-        def forward_or_idle(floats: Any, x: Any, number: Any) -> Any:
-            return when(is_active(number), forward, lambda floats, x, number: (x, sums_zero), floats, x, number)
+        def forward_or_idle(wide: Any, x: Any, number: Any) -> Any:
+            return when(is_active(number), forward, lambda wide, x, number: (x, sums_zero), wide, x, number)
 
         def tick(carry: Any, time: Any) -> Any:
             x, sums = carry
-            y, more = forward_or_idle(floats, x, time - stage)
+            y, more = forward_or_idle(wide, x, time - stage)
             return (send(y, flow.stages), jax.tree.map(jnp.add, sums, more)), None
 
         (_, sums), _ = lax.scan(tick, (x_zero, sums_zero), jnp.arange(flow.microbatches + flow.stages - 1))
         return lax.psum(sums, STAGE)
 
-    return _over_stages(shard, PartitionSpec())((first, floats[1], last), others, batch)
+    return _over_stages(shard, PartitionSpec())(wide, others, batch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -257,15 +257,17 @@ _sum_1f1b.defvjp(_sum_1f1b_forward, _sum_1f1b_backward)
 def _accumulate(flow: _LossFlow, leaves: Any, batch: Any) -> tuple[Weighted, dict[str, Any]]:
     """The same without stages: one microbatch after the other."""
     first, layer, last = flow.fns
+    wide, narrow = widen(leaves)
 
     @jax.checkpoint
-    def one(leaves: Any, number: Any) -> Any:
+    def one(wide: Any, number: Any) -> Any:
+        leaves = narrow(wide)
         rows = take_microbatch(batch, flow.microbatches, number)
         x = run_layers(layer, leaves[1], first(leaves[0], rows, number), (), number)
         return _as_sums(last(leaves[2], x, rows, number), count_rows(rows, "batch"))
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, leaves, 0))
-    add = lambda sums, number: (jax.tree.map(jnp.add, sums, one(leaves, number)), None)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, wide, 0))
+    add = lambda sums, number: (jax.tree.map(jnp.add, sums, one(wide, number)), None)
     return lax.scan(add, zeros, jnp.arange(flow.microbatches))[0]
 
 
@@ -315,7 +317,8 @@ def _over_stages(fn: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     """`fn(floats, others, batch)` with the layers split over the stages, and all else whole at each."""
     part_specs = (PartitionSpec(), PartitionSpec(STAGE), PartitionSpec())
     in_specs = (part_specs, part_specs, PartitionSpec())
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False)
+    island = jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False)
+    return run_as_one(island)
 
 
 def _only_total(sums: tuple[Weighted, dict[str, Any]]) -> tuple[Weighted, dict[str, Any]]:
@@ -367,10 +370,9 @@ def _as_sums(result: Any, rows: int) -> tuple[Weighted, dict[str, Any]]:
     check_values({**metrics, "loss": loss}, rows)
 
     def sum_up(value: Any) -> Weighted:
-        wide = lambda x: jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
         if isinstance(value, Weighted):
-            return Weighted(wide(value.total).sum(), wide(value.weight).sum())
-        mean = wide(value).mean()
+            return Weighted(grow(jnp.asarray(value.total)).sum(), grow(jnp.asarray(value.weight)).sum())
+        mean = grow(jnp.asarray(value)).mean()
         return Weighted(mean * rows, jnp.full((), rows, mean.dtype))
 
     is_weighted = lambda node: isinstance(node, Weighted)

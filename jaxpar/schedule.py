@@ -7,7 +7,7 @@ import collections
 import difflib
 import fractions
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SCHEDULES = ("gpipe", "1f1b")
 
@@ -54,9 +54,7 @@ def make_schedule(name: str, stages: int, microbatches: int) -> list[Task]:
     stage 0  F0 F1 .  B0 F2 B1 .  B2
     stage 1  .  F0 B0 F1 B1 F2 B2 .
     """
-    for what, count in (("stages", stages), ("microbatches", microbatches)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ScheduleError(f"{what} is {count!r}; give a whole number, 1 or more.")
+    _check_counts(stages, microbatches)
     check_name(name)
     warmups = [microbatches if name == "gpipe" else min(stages - stage, microbatches) for stage in range(stages)]
     return _place([_order(warmup, microbatches) for warmup in warmups])
@@ -79,9 +77,13 @@ def executed_tasks(stages: int, microbatches: int) -> list[Task]:
     have no backward half and the last ones no forward half, and a half that nobody runs takes no time: what is idle is
     what PipeDream-flush leaves idle. The last stage's forward pass is part of its backward half.
 
+    Raises:
+      ScheduleError: a number below 1.
+
     >>> simulate(executed_tasks(2, 3)).peak
     (3, 1)
     """
+    _check_counts(stages, microbatches)
     tasks = []
     for stage in range(stages):
         for number in range(microbatches):
@@ -91,10 +93,13 @@ def executed_tasks(stages: int, microbatches: int) -> list[Task]:
 
 
 def check_schedule(tasks: Iterable[Task]) -> None:
-    """Raises ScheduleError unless each task comes once, after what it needs, and no stage does two in one tick."""
+    """Raises ScheduleError unless each task comes once, after what it needs, and no stage does two in one tick.
+
+    Without any task it raises too.
+    """
+    tasks = _read_tasks(tasks)
     ticks: dict[tuple[int, int, str], int] = {}
     busy: dict[tuple[int, int], Task] = {}
-    tasks = list(tasks)
     for task in tasks:
         if busy.setdefault((task.stage, task.tick), task) != task or task[1:] in ticks:
             raise ScheduleError(f"{task} comes at the same tick as {busy[task.stage, task.tick]}, or twice.")
@@ -134,6 +139,7 @@ def simulate(tasks: Sequence[Task]) -> Simulation:
 
 def format_timeline(tasks: Sequence[Task]) -> str:
     """Returns a schedule as text: a line a stage, a column a tick, `F3` for the forward pass of microbatch 3."""
+    tasks = _read_tasks(tasks)
     cells = {(task.stage, task.tick): f"{task.kind}{task.microbatch}" for task in tasks}
     width = max(map(len, cells.values()))
     lines = []
@@ -141,6 +147,27 @@ def format_timeline(tasks: Sequence[Task]) -> str:
         row = [cells.get((stage, tick), ".").ljust(width) for tick in range(1 + max(task.tick for task in tasks))]
         lines.append(f"stage {stage}  {' '.join(row)}".rstrip())
     return "\n".join(lines)
+
+
+def _check_counts(stages: Any, microbatches: Any) -> None:
+    for what, count in (("stages", stages), ("microbatches", microbatches)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ScheduleError(f"{what} is {count!r}; give a whole number, 1 or more.")
+
+
+def _read_tasks(tasks: Any) -> list[Task]:
+    """The tasks as a list; raises ScheduleError where there is none, or what can't be one."""
+    listed = list(tasks) if isinstance(tasks, Iterable) else []
+    if not listed:
+        raise ScheduleError(f"The tasks are {tasks!r}; give at least one, as make_schedule('1f1b', 2, 4) returns them.")
+    for task in listed:
+        is_whole = lambda number: isinstance(number, int) and not isinstance(number, bool) and number >= 0
+        if not isinstance(task, Task) or not all(map(is_whole, task[:3])) or task.kind not in ("F", "B"):
+            raise ScheduleError(
+                f"{task!r} is no task; give jaxpar.schedule.Task(tick, stage, microbatch, kind): whole numbers from 0 "
+                "on, and 'F' or 'B'."
+            )
+    return listed
 
 
 def _order(warmup: int, microbatches: int) -> list[tuple[int, str]]:

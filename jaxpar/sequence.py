@@ -22,6 +22,8 @@ def zigzag_order(length: int, size: int) -> np.ndarray:
     >>> zigzag_order(8, 2)
     array([0, 1, 6, 7, 2, 3, 4, 5])
     """
+    if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
+        raise ContextError(f"length is {length!r}; give how many tokens a sequence has, as x.shape[1].")
     if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
         raise ContextError(f"size is {size!r}; give the size of the mesh axis 'context', as mesh.shape['context'].")
     if size > 1:
@@ -43,22 +45,26 @@ def zigzag(batch: Mapping[str, Any], size: int, *, keys: Sequence[str] | None = 
     >>> zigzag({"x": np.arange(8)[None]}, 2)
     {'x': array([[0, 1, 6, 7, 2, 3, 4, 5]]), 'positions': array([[0, 1, 6, 7, 2, 3, 4, 5]], dtype=int32)}
     """
-    if not isinstance(batch, Mapping) or set(keys or ()) - set(batch):
-        given = f"has {sorted(batch)}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
-        raise ContextError(f"The batch {given}, keys= is {keys}; give a dict, and names of entries that it has.")
+    is_list = keys is None or (isinstance(keys, Sequence) and not isinstance(keys, str))
+    if not isinstance(batch, Mapping) or not is_list or any(key not in list(batch) for key in keys or ()):
+        given = f"has {list(batch)}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
+        raise ContextError(f"The batch {given}, keys= is {keys!r}; give a dict, and a list of names that it has.")
     chosen = {key: batch[key] for key in (batch if keys is None else keys) if key != "positions"}
     leaves = jax.tree_util.tree_leaves_with_path(chosen)
     shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves if np.ndim(leaf) > 1}
     if len({shape[:2] for shape in shapes.values()}) != 1:
         raise ContextError(f"The batch has sequences of shapes {shapes}; name those of one length, as keys=['x', 'y'].")
     rows, length = next(iter(shapes.values()))[:2]
-    positions, order = batch.get("positions", np.arange(length)), zigzag_order(length, size)
-    if not hasattr(positions, "dtype") or np.shape(positions) not in ((length,), (rows, length)):
+    positions, order = batch.get("positions", np.arange(length, dtype="int32")), zigzag_order(length, size)
+    dtype = getattr(positions, "dtype", type(positions).__name__)
+    is_whole = hasattr(positions, "dtype") and np.issubdtype(dtype, np.integer)
+    if not is_whole or np.shape(positions) not in ((length,), (rows, length)):
         raise ContextError(
-            f"positions is a {type(positions).__name__} of shape {np.shape(positions)}; give an array, {(length,)} or "
-            f"{(rows, length)}."
+            f"positions is {dtype} of shape {np.shape(positions)}; give an array of whole numbers, as int32, "
+            f"{(length,)} or {(rows, length)}."
         )
-    positions = (positions[..., order] + np.zeros((rows, 1), "int32")).astype("int32")
+    # Those that are given keep their dtype: a narrower one could wrap them.
+    positions = positions[..., order] + np.zeros((rows, 1), dtype)
     moved = jax.tree.map(lambda leaf: leaf[:, order] if np.ndim(leaf) > 1 else leaf, chosen)
     return {**batch, **moved, "positions": positions}
 

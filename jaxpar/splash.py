@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import AXES, BATCH_AXES, MeshError, takes_rows_alone
+from jaxpar.mesh import AXES, BATCH_AXES, MeshError, current_mesh, run_as_one, takes_rows_alone
 
 _MODEL = "model"
 
@@ -38,7 +38,7 @@ def splash_attention(
       block_size: how many tokens the kernel takes at once, at most.
 
     Raises:
-      SplashError: shapes that it can't take, or rows or heads that don't divide over the mesh.
+      SplashError: shapes or dtypes that it can't take, or rows or heads that don't divide over the mesh.
       MeshError: it stands in an island beside batch axes that are left to the compiler.
 
     >>> q_BTHD, kv_BTKD = jnp.ones((2, 128, 4, 8)), jnp.ones((2, 128, 2, 8))
@@ -47,7 +47,7 @@ def splash_attention(
     """
     _check_shapes(q_BTHD, k_BTKD, v_BTKD, block_size)
     attend = functools.partial(_attend, is_causal, block_size)
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     open_axes = [axis for axis in AXES if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes]
     rows = tuple(axis for axis in open_axes if axis in BATCH_AXES)
     if others := [axis for axis in open_axes if axis not in (*BATCH_AXES, _MODEL)]:
@@ -64,12 +64,15 @@ def splash_attention(
     _check_mesh(q_BTHD, k_BTKD, mesh, rows, heads)
     axes = {*rows, heads} - {None}
     spec = PartitionSpec(rows, None, heads)
-    return jax.shard_map(attend, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False)(
-        q_BTHD, k_BTKD, v_BTKD
-    )
+    island = jax.shard_map(attend, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False)
+    return run_as_one(island)(q_BTHD, k_BTKD, v_BTKD)
 
 
 def _check_shapes(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, block_size: int) -> None:
+    arrays = {"q": q_BTHD, "k": k_BTKD, "v": v_BTKD}
+    dtypes = {name: str(getattr(x, "dtype", type(x).__name__)) for name, x in arrays.items()}
+    if len(set(dtypes.values())) > 1 or not all(_is_float(x) for x in arrays.values()):
+        raise SplashError(f"q, k and v are of {dtypes}; give arrays of one floating-point dtype, as by x.astype.")
     shapes = q_BTHD.shape, k_BTKD.shape, v_BTKD.shape
     if {len(shape) for shape in shapes} != {4} or shapes[1] != shapes[2] or shapes[0][::3] != shapes[1][::3]:
         raise SplashError(
@@ -84,6 +87,10 @@ def _check_shapes(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, block
         )
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 128 or block_size % 128:
         raise SplashError(f"block_size is {block_size}; the kernel takes multiples of 128, as 512.")
+
+
+def _is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _check_mesh(

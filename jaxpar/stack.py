@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxpar.loss import fold_leaf
 from jaxpar.mesh import BATCH_AXES
 from jaxpar.state import is_key
 
@@ -40,6 +41,7 @@ def as_part(part: Any) -> Part:
         raise PipelineError(f"A part of the model is a {type(part).__name__}; give an nnx module, or (fn, params).")
     is_module = lambda leaf: isinstance(leaf, nnx.Module)
     if not any(map(is_module, jax.tree.leaves(node, is_leaf=is_module))):
+        check_leaves(node, "params")
         leaves, treedef = jax.tree.flatten(node)
 
         def call(leaves: Any, *args: Any) -> Any:
@@ -104,10 +106,11 @@ def when(active: Any, do: Callable[..., Any], otherwise: Callable[..., Any], *op
 def widen(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Returns the tree in float32 or wider, and what casts it back to its dtypes.
 
-    What every stage has whole enters wide: its gradient is a sum over stages, which XLA on CPU can't do in bfloat16.
+    What is used for all microbatches enters wide: its gradient is their sum. So does what every stage has whole: its
+    gradient is a sum over stages, which XLA on CPU can't do in bfloat16.
     """
     dtypes = jax.tree.map(jnp.result_type, tree)
-    grow = lambda leaf, dtype: leaf.astype(jnp.promote_types(dtype, jnp.float32)) if _is_float(dtype) else leaf
+    grow = lambda leaf, dtype: jnp.asarray(leaf, jnp.promote_types(dtype, jnp.float32)) if _is_float(dtype) else leaf
     back = lambda leaf, dtype: leaf.astype(dtype) if _is_float(dtype) else leaf
     return jax.tree.map(grow, tree, dtypes), lambda wide: jax.tree.map(back, wide, dtypes)
 
@@ -159,11 +162,22 @@ def split_tree(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
 def count_rows(tree: Any, name: str) -> int:
     """Returns how many rows a pytree of arrays has, scalars left out; raises PipelineError where they differ."""
+    check_leaves(tree, name)
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree) if np.ndim(leaf)]
     counts = {shape[0] for shape in shapes}
     if len(counts) != 1:
         raise PipelineError(f"{name} has arrays of shapes {shapes}; give arrays with the same number of rows in dim 0.")
     return counts.pop()
+
+
+def check_leaves(tree: Any, name: str) -> None:
+    """Raises PipelineError for a leaf that is neither a number nor an array of numbers or random keys."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            given = f"{name}{jax.tree_util.keystr(path)} is {leaf!r}, a {type(leaf).__name__}"
+            raise PipelineError(f"{given}; give numbers, or arrays of them, and text outside of the pytree.") from None
 
 
 def check_microbatches(count: Any, rows: int, stages: int) -> None:
@@ -206,8 +220,16 @@ def check_layers(run: Part, x: Any, more: Any, stages: int) -> Trace:
             f"The blocks have leaves of shapes {shapes}; a stack's leaves share a leading dim of layers."
         )
     ((layers,),) = counts
+    if not layers:
+        raise PipelineError(f"The blocks have leaves of shapes {shapes}: 0 layers; give {stages} or more.")
     if layers % stages:
         raise PipelineError(f"{layers} layers do not divide by {stages} stages; give a multiple of {stages}.")
+    if any(map(is_key, jax.tree.leaves(x))):
+        raise PipelineError(
+            "x holds random keys, which don't travel between stages; give them after x to pipeline, or make x of "
+            "jax.random.key_data(keys), and let each layer use jax.random.wrap_key_data."
+        )
+    check_leaves(more, "more")
     first = [jax.eval_shape(lambda leaf: leaf[0], leaf) for leaf in run.leaves]
     given = jax.tree.map(lambda leaf: (np.shape(leaf), jnp.result_type(leaf)), x)
     try:
@@ -238,4 +260,4 @@ def _check_unchanged(before: Any, after: Any) -> None:
 
 
 def _fold_keys(tree: Any, number: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.random.fold_in(leaf, number) if is_key(leaf) else leaf, tree)
+    return jax.tree.map(lambda leaf: fold_leaf(leaf, (number,)), tree)

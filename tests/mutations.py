@@ -616,8 +616,8 @@ MUTATIONS += [
     Mutation(
         "positions not moved with their tokens",
         "sequence.py",
-        "(positions[..., order] +",
-        "(positions +",
+        "positions[..., order] +",
+        "positions +",
         CONTEXT + "zigzag_moves_every_sequence_and_says_where_its_tokens_were",
     ),
     Mutation(
@@ -651,7 +651,7 @@ MUTATIONS += [
 ]
 
 PIPELINE, EXPERT = "tests/test_pipeline.py::test_", "tests/test_expert.py::test_"
-TRAINS = PIPELINE + "a_pipeline_trains_like_one_device"
+TRAINS = EQUIVALENCE + "a_pipeline_trains_like_one_device"
 MIXED = EXPERT + "a_mixture_and_its_gradients_are_one_devices_on_every_mesh"
 MUTATIONS += [
     Mutation(
@@ -725,7 +725,11 @@ MUTATIONS += [
         TRAINS + "[stages-pipeline-0.3-1]",
     ),
     Mutation(
-        "every stage puts", "pipeline.py", "leaf[-1], stacked", "leaf[0], stacked", TRAINS + "[stages-pipeline-0.3-1]"
+        "every stage puts",
+        "pipeline.py",
+        "leaf: leaf[-1], run_as",
+        "leaf: leaf[0], run_as",
+        TRAINS + "[stages-pipeline-0.3-1]",
     ),
     Mutation(
         "one tick too few 1f1b",
@@ -870,15 +874,15 @@ MUTATIONS += [
     Mutation(
         "mean of means",
         "pipeline_loss.py",
-        "return Weighted(wide(value.total).sum(), wide(value.weight).sum())",
-        "return Weighted(wide(value.total).sum() / wide(value.weight).sum(), jnp.ones_like(wide(value.weight).sum()))",
+        "grow(jnp.asarray(value.total)).sum(), grow(jnp.asarray(value.weight)).sum()",
+        "value.total.sum() / value.weight.sum(), jnp.ones_like(value.weight.sum())",
         TRAINS + "[data_stage-1f1b-0.0-1]",
     ),
     Mutation(
         "microbatch not folded",
         "stack.py",
-        "jax.random.fold_in(leaf, number) if is_key(leaf)",
-        "jax.random.fold_in(leaf, 0) if is_key(leaf)",
+        "fold_leaf(leaf, (number,))",
+        "fold_leaf(leaf, (0,))",
         PIPELINE + "dropout_is_another_in_each_microbatch_and_layer",
     ),
     Mutation(
@@ -891,8 +895,8 @@ MUTATIONS += [
     Mutation(
         "one device's number",
         "pipeline.py",
-        "run_layers(run.fn, run.leaves, part[1], more, part[0])",
-        "run_layers(run.fn, run.leaves, part[1], more, 0)",
+        "run_part(params, part[1], part[0])",
+        "run_part(params, part[1], 0)",
         PIPELINE + "dropout_is_another_in_each_microbatch_and_layer",
     ),
     Mutation(
@@ -912,8 +916,8 @@ MUTATIONS += [
     Mutation(
         "checkpoint in the cond pipeline",
         "pipeline.py",
-        "    @jax.checkpoint\n    def run(leaves",
-        "    def run(leaves",
+        "    @jax.checkpoint\n    def run(params",
+        "    def run(params",
         PIPELINE + "gpipe_keeps_of_each_microbatch_its_input_and_no_copy_of_the_layers[pipeline]",
     ),
     Mutation(
@@ -1059,15 +1063,15 @@ MUTATIONS += [
     Mutation(
         "ragged: sizes to send and to take mixed up",
         "expert.py",
-        "slices = (starts_DD[index], sizes_DD[index], first_D, sizes_DD[:, index])",
-        "slices = (starts_DD[index], sizes_DD[:, index], first_D, sizes_DD[index])",
+        "starts_DD[index], sizes_DD[index], first_D, sizes_DD[:, index])",
+        "starts_DD[index], sizes_DD[:, index], first_D, sizes_DD[index])",
         EXPERT + "the_ragged_form_of_the_exchange_does_the_same[expert_8]",
     ),
     Mutation(
         "ragged: rows come back to the owner's starts",
         "expert.py",
-        "slices = (first_D, sizes_DD[:, index], starts_DD[:, index], sizes_DD[index])",
-        "slices = (first_D, sizes_DD[:, index], starts_DD[index], sizes_DD[index])",
+        "first_D, sizes_DD[:, index], starts_DD[:, index], sizes_DD[index])",
+        "first_D, sizes_DD[:, index], starts_DD[index], sizes_DD[index])",
         EXPERT + "the_ragged_form_of_the_exchange_does_the_same[expert_8]",
     ),
     Mutation(

@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import test_context
+import test_expert
+import test_pipeline
+from flax import nnx
 from models import MODELS, STRATEGIES, make_task
 
 import jaxpar
@@ -134,6 +138,133 @@ def test_float32_trains_like_one_device_too(step):
         *make_task("nnx_decoder", **case.task), STRATEGIES["fsdp_model"](8), dtypes=("float32",), **case.build
     )
     assert agreement.runs[0].loss < 1e-5
+
+
+# ---- islands: the models are those of their own files
+
+PIPELINE_CELLS = [
+    (strategy, loss, dropout, 2 if strategy == "data_stage" and dropout else 1)
+    for strategy in test_pipeline.STRATEGIES
+    for loss in test_pipeline.LOSSES
+    for dropout in (0.0, 0.3)
+]
+FAST_PIPELINE_CELLS = [
+    ("data_stage", "1f1b", 0.0, 1),
+    # A ring of as many slots as stages would be too short for its microbatches.
+    ("stage", "1f1b", 0.0, 1),
+    ("stages", "pipeline", 0.3, 1),
+    ("stage_model", "gpipe", 0.0, 1),
+    ("fsdp_stage_model", "1f1b", 0.0, 1),
+    ("data_stage", "pipeline", 0.3, 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "loss", "dropout", "num_microbatches"),
+    [cell if cell in FAST_PIPELINE_CELLS else pytest.param(*cell, marks=pytest.mark.slow) for cell in PIPELINE_CELLS],
+)
+def test_a_pipeline_trains_like_one_device(strategy, loss, dropout, num_microbatches):
+    agreement = assert_trains_like_one_device(
+        test_pipeline.make_init_fn(dropout),
+        test_pipeline.LOSSES[loss],
+        test_pipeline.make_batches(),
+        test_pipeline.STRATEGIES[strategy](),
+        dtypes=("float64",),
+        num_microbatches=num_microbatches,
+    )
+    assert agreement.runs[0].params < 1e-12
+
+
+def check_context(name, num_microbatches):
+    strategy, attention, splits = test_context.TRAINED[name]
+    return assert_trains_like_one_device(
+        test_context.make_init(attention, splits),
+        test_context.loss_fn,
+        test_context.BATCHES,
+        strategy(),
+        num_microbatches=num_microbatches,
+        dtypes=("float64",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "num_microbatches"),
+    [("data_context", 2), ("ulysses", 1), pytest.param("context_model", 1, marks=pytest.mark.slow)],
+)
+def test_a_model_trains_like_one_device_with_its_sequence_split(name, num_microbatches):
+    assert check_context(name, num_microbatches).steps == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_microbatches"),
+    [
+        *[(name, count) for name in ("context", "model") for count in (1, 2)],
+        ("ulysses", 2),
+        *[("data_context", 1), ("context_model", 2), ("fsdp_context", 1), ("fsdp_context", 2)],
+    ],
+)
+def test_more_models_train_like_one_device_with_their_sequence_split(name, num_microbatches):
+    assert check_context(name, num_microbatches).steps == 2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["data_expert", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp_expert", "expert_model", "data"))],
+)
+def test_an_nnx_mixture_with_its_losses_trains_like_one_device(kind):
+    assert test_expert.train(kind, test_expert.init_nnx, test_expert.balanced_loss).steps == 3
+
+
+@pytest.mark.slow
+def test_a_linen_mixture_with_its_losses_trains_like_one_device():
+    assert test_expert.train("data_expert", test_expert.init_linen, test_expert.balanced_loss).steps == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data_expert", "fsdp_expert"])
+def test_a_mixture_in_microbatches_trains_like_one_device(kind):
+    assert test_expert.train(kind, test_expert.init_nnx, test_expert.balanced_loss, num_microbatches=2).steps == 3
+
+
+@pytest.mark.slow
+def test_under_pmap_each_shard_has_its_own_balance():
+    assert test_expert.train("pmap", test_expert.init_nnx, test_expert.balanced_loss).steps == 3
+
+
+ISLANDS = {
+    "pipeline": (test_pipeline.make_init_fn(0.0), test_pipeline.LOSSES["gpipe"], test_pipeline.make_batches()),
+    "1f1b": (test_pipeline.make_init_fn(0.0), test_pipeline.LOSSES["1f1b"], test_pipeline.make_batches()),
+    "context": (test_context.make_init("ring"), test_context.loss_fn, test_context.BATCHES),
+    "expert": (test_expert.init_nnx, test_expert.balanced_loss, test_expert.make_batches()),
+}
+ISLAND_MESHES = {
+    "pipeline": lambda: test_pipeline.STRATEGIES["data_stage_model"](),
+    "1f1b": lambda: test_pipeline.STRATEGIES["data_stage"](),
+    "context": lambda: test_context.TRAINED["fsdp_context"][0](),
+    "expert": lambda: test_expert.STRATEGIES["fsdp_expert"](),
+}
+
+
+@pytest.mark.parametrize(
+    ("island", "step"),
+    [
+        pytest.param(island, step, marks=[] if (island, step) == ("1f1b", "clipped") else pytest.mark.slow)
+        for island in ISLANDS
+        for step in ("clipped", "remat")
+    ],
+)
+def test_an_island_trains_like_one_device_clipped_and_rematerialised(island, step):
+    init_fn, loss_fn, batches = ISLANDS[island]
+    tx = STEPS["clipped"].task["tx"] if step == "clipped" else _SGD
+    agreement = assert_trains_like_one_device(
+        lambda rng: jaxpar.TrainState.create(init_fn(rng).model, tx),
+        nnx.remat(loss_fn) if step == "remat" else loss_fn,
+        batches,
+        ISLAND_MESHES[island](),
+        dtypes=("float64",),
+    )
+    assert agreement.steps == len(batches)
 
 
 def test_every_strategy_model_step_and_number_of_devices_is_among_the_fast_cells():

@@ -144,7 +144,6 @@ class Unviewable:
         raise RuntimeError("can't convert a tensor on cuda:0; use .cpu() first")
 
 
-# What to call, the error, and what its message says; a list gives parts of it, in any order.
 def nest_islands(outer, inner):
     """Asks for an island over one axis inside a shard_map over another."""
     mesh = make_mesh(data=2, model=4)
@@ -152,7 +151,44 @@ def nest_islands(outer, inner):
     return jax.eval_shape(ask, jnp.ones(8))
 
 
+def call_on_explicit_axes(island, *shape):
+    """Calls an island under a mesh as `jax.make_mesh` makes it."""
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)):
+        return jax.eval_shape(island, jnp.ones(shape))
+
+
+# What to call, the error, and what its message says; a list gives parts of it, in any order.
+EXPLICIT = ["['data', 'model'] are not of type Auto", "axis_types=(AxisType.Auto,) * 2", "jaxpar.make_mesh"]
+KERNELS = jaxpar.ExpertKernels(*[jnp.ones((4, 8, 8))] * 3)
+STACK = (lambda w, x: x * w, jnp.ones(4))
 MESHES = {
+    "pipeline on Explicit axes": (
+        lambda: call_on_explicit_axes(lambda x: jaxpar.pipeline(STACK, x, stage_microbatches=2), 8, 8),
+        EXPLICIT,
+    ),
+    "pipeline_loss on Explicit axes": (
+        lambda: call_on_explicit_axes(
+            lambda x: jaxpar.pipeline_loss(STACK, STACK, STACK, x, stage_microbatches=2)[0].total, 8, 8
+        ),
+        EXPLICIT,
+    ),
+    "attention on Explicit axes": (
+        lambda: call_on_explicit_axes(lambda x: jaxpar.ring_attention(x, x, x), 2, 8, 4, 4),
+        EXPLICIT,
+    ),
+    "Ulysses' attention on Explicit axes": (
+        lambda: call_on_explicit_axes(lambda x: jaxpar.ulysses_attention(x, x, x), 2, 8, 4, 4),
+        EXPLICIT,
+    ),
+    "splash attention on Explicit axes": (
+        lambda: call_on_explicit_axes(lambda x: jaxpar.splash_attention(x, x, x), 2, 128, 4, 4),
+        EXPLICIT,
+    ),
+    "a split sequence on Explicit axes": (lambda: call_on_explicit_axes(jaxpar.split_sequence, 2, 8), EXPLICIT),
+    "experts on Explicit axes": (
+        lambda: call_on_explicit_axes(lambda x: jaxpar.mixture_of_experts(x, jnp.ones((8, 4)), KERNELS), 8, 8),
+        EXPLICIT,
+    ),
     "too few for the devices": (
         lambda: make_mesh(data=3, model=2),
         "Mesh axes {'data': 3, 'model': 2} use 6 devices, but 8 are available; sizes must multiply to the device "
@@ -247,6 +283,23 @@ MESHES = {
         lambda: make_mesh(data=1, model=8, slices=2, slice_of=lambda device: device.id % 2),
         "Mesh axis 'data' of size 1 does not divide by 2 slices.",
     ),
+    "no function that tells slices": (
+        lambda: make_mesh(data=2, model=4, slices=2, slice_of=3),
+        "slice_of is 3; give a function of a device, as lambda device: device.id // 4.",
+    ),
+    "slices that can't be told apart": (
+        lambda: make_mesh(data=2, model=4, slices=2, slice_of=lambda device: "a" if device.id % 2 else 1),
+        ["slice_of gave [1, 'a', 1, 'a',", "give for each device its slice's number, or for each a name."],
+    ),
+    "a slice that is a list": (
+        lambda: make_mesh(data=2, model=4, slices=2, slice_of=lambda device: [device.id % 2]),
+        ["slice_of gave [[0], [1],", "its slice's number"],
+    ),
+    "a list of axes across slices": (
+        lambda: make_mesh(data=2, model=4, slices=2, slice_axis=["data"]),
+        ["Mesh axis ['data'] is unknown", "the axes are data, fsdp"],
+    ),
+    "no axis across slices": (lambda: make_mesh(data=8, slices=2, slice_axis=None), ["Mesh axis None is unknown"]),
     "no slice": (lambda: make_mesh(data=8, slices=0), "slices is 0; give a whole number, 1 or more."),
     "an island in one over the same axis": (
         lambda: nest_islands("model", "model"),

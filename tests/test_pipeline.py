@@ -91,22 +91,6 @@ STRATEGIES = {
     "data_stage_model": lambda: jaxpar.sharded(sub_mesh(data=2, stage=2, model=2), jaxpar.PIPELINE, jaxpar.MEGATRON),
     "pmap": lambda: jaxpar.data_parallel(jax.devices()[:2]),
 }
-CELLS = [
-    (strategy, loss, dropout, 2 if strategy == "data_stage" and dropout else 1)
-    for strategy in STRATEGIES
-    for loss in LOSSES
-    for dropout in (0.0, 0.3)
-]
-FAST = [
-    ("data_stage", "1f1b", 0.0, 1),
-    # A ring of as many slots as stages would be too short for its microbatches.
-    ("stage", "1f1b", 0.0, 1),
-    ("stages", "pipeline", 0.3, 1),
-    ("stage_model", "gpipe", 0.0, 1),
-    ("fsdp_stage_model", "1f1b", 0.0, 1),
-    ("data_stage", "pipeline", 0.3, 2),
-    ("pmap", "1f1b", 0.3, 1),
-]
 
 
 def make_batches(count=3, rows=ROWS):
@@ -124,22 +108,6 @@ def make_batches(count=3, rows=ROWS):
 @functools.cache
 def make_init_fn(dropout):
     return lambda rng: jaxpar.TrainState.create(Decoder(dropout, nnx.Rngs(rng)), SGD)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "loss", "dropout", "num_microbatches"),
-    [cell if cell in FAST else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
-)
-def test_a_pipeline_trains_like_one_device(strategy, loss, dropout, num_microbatches):
-    agreement = jaxpar.testing.assert_trains_like_one_device(
-        make_init_fn(dropout),
-        LOSSES[loss],
-        make_batches(),
-        STRATEGIES[strategy](),
-        dtypes=("float64",),
-        num_microbatches=num_microbatches,
-    )
-    assert agreement.runs[0].params < 1e-12
 
 
 class LinenBlock(linen.Module):
@@ -247,6 +215,64 @@ def test_what_a_layer_is_given_besides_is_whole_for_every_microbatch():
     for w in np.arange(1.0, 5.0):
         expected = expected * w + np.arange(3.0)
     np.testing.assert_allclose(out, expected)
+
+
+def test_keys_of_rows_draw_alike_on_every_mesh_and_numbers_are_whole():
+    keys = jax.random.split(jax.random.key(0), 8)
+    draw = jax.vmap(lambda key, x: x * jax.random.normal(key))
+
+    def objective(layers, schedule):
+        first = (lambda shift, batch: draw(batch["key"], batch["x"]) + shift * batch["scale"], 0.5)
+        batch = {"x": X, "key": keys, "scale": 2.0}
+        loss, _ = pipeline_loss(first, (double, layers), LAST, batch, stage_microbatches=4, schedule=schedule)
+        return loss.total
+
+    expected = jax.grad(objective)(FOUR, "gpipe")
+    with jax.set_mesh(sub_mesh(data=2, stage=4)):
+        # Op by op: beside an axis that is not the island's own, too.
+        for schedule in ("gpipe", "1f1b"):
+            np.testing.assert_allclose(jax.grad(objective)(FOUR, schedule), expected, rtol=1e-5)
+        out = pipeline((lambda w, x, shift: x * w + shift, FOUR), X, 0.5, stage_microbatches=4)
+    np.testing.assert_allclose(out, X + 2)
+
+
+@pytest.mark.parametrize("schedule", ["pipeline", "1f1b", "gpipe"])
+@pytest.mark.parametrize("axes", [{"data": 1}, {"stage": 2}])
+def test_gradients_of_many_microbatches_are_summed_in_float32(axes, schedule):
+    rng = np.random.default_rng(0)
+    params, x = jnp.asarray(rng.normal(size=(2, 8, 8)) * 0.3, "bfloat16"), jnp.asarray(rng.normal(size=(512, 8)) + 1)
+    layer = lambda w, x: x + jnp.tanh(x @ w)
+
+    def objective(params, x):
+        first, last = (lambda _, batch: batch, ()), (lambda _, x, batch: (x.astype("float32") ** 2).mean(), ())
+        if schedule == "pipeline":
+            return last[0]((), pipeline((layer, params), x, stage_microbatches=256), x)
+        loss, _ = pipeline_loss(first, (layer, params), last, x, stage_microbatches=256, schedule=schedule)
+        return loss.total / loss.weight
+
+    exact = jax.grad(lambda params: ((run_stack(layer, params, x)) ** 2).mean())(params.astype("float32"))
+    with jax.set_mesh(sub_mesh(**axes)):
+        found = jax.jit(jax.grad(objective))(params, x.astype("bfloat16"))
+    # Summed in bfloat16 it is off by 0.02; this is what one gradient in bfloat16 is off by.
+    assert np.linalg.norm(found.astype("float32") - exact) < 0.005 * np.linalg.norm(exact)
+
+
+def run_stack(layer, params, x):
+    return jax.lax.scan(lambda x, w: (layer(w, x), None), x, params)[0]
+
+
+def test_whole_numbers_are_counted_in_float64_where_there_is_one():
+    def last(_, x, batch):
+        return x.mean(), {"tokens": jaxpar.Weighted(batch["count"].sum(), jnp.ones((), int))}
+
+    with jax.enable_x64(True):
+        batch = {"x": X, "count": jnp.full(8, 2**24 + 1)}
+        for axes in ({"data": 1}, {"stage": 4}):
+            with jax.set_mesh(sub_mesh(**axes)):
+                _, metrics = pipeline_loss(
+                    (lambda _, batch: batch["x"], ()), (double, FOUR), (last, ()), batch, stage_microbatches=4
+                )
+            assert float(metrics["tokens"].total) == 8 * (2**24 + 1)
 
 
 def mean_square(schedule, params, layer, x):
@@ -572,6 +598,30 @@ BAD = {
     "leaves of different stacks": (
         lambda: pipeline((double, [FOUR, jnp.ones(8)]), X, stage_microbatches=4),
         "The blocks have leaves of shapes [(4,), (8,)]; a stack's leaves share a leading dim of layers.",
+    ),
+    "no layer": (
+        lambda: pipeline((double, jnp.ones(0)), X, stage_microbatches=4),
+        "The blocks have leaves of shapes [(0,)]: 0 layers; give 4 or more.",
+    ),
+    "a number in place of a stack": (
+        lambda: pipeline((double, 2.0), X, stage_microbatches=4),
+        "The blocks have leaves of shapes [()]; a stack's leaves share a leading dim of layers.",
+    ),
+    "text among the parameters": (
+        lambda: pipeline((double, [FOUR, "tanh"]), X, stage_microbatches=4),
+        "params[1] is 'tanh', a str; give numbers, or arrays of them, and text outside of the pytree.",
+    ),
+    "text after x": (
+        lambda: pipeline((double, FOUR), X, "tanh", stage_microbatches=4),
+        "more[0] is 'tanh', a str; give numbers, or arrays of them",
+    ),
+    "text in the batch": (
+        lambda: pipeline_loss(LAST, (double, FOUR), LAST, {"x": X, "name": "a"}, stage_microbatches=4),
+        "batch['name'] is 'a', a str; give numbers, or arrays of them",
+    ),
+    "random keys that travel": (
+        lambda: pipeline((double, FOUR), {"x": X, "key": jax.random.split(jax.random.key(0), 8)}, stage_microbatches=4),
+        ["x holds random keys, which don't travel between stages", "jax.random.key_data(keys)"],
     ),
     "no stack": (
         lambda: pipeline((double, jnp.ones(())), X, stage_microbatches=4),

@@ -76,6 +76,33 @@ def test_bad_arguments_are_named(arguments, text):
         make_schedule(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("stages", "microbatches", "text"), [(0, 2, "stages is 0; give"), (2, "4", "microbatches is '4'; give")]
+)
+def test_tasks_of_no_stages_or_microbatches_are_named(stages, microbatches, text):
+    with pytest.raises(schedule.ScheduleError, match=text):
+        executed_tasks(stages, microbatches)
+
+
+@pytest.mark.parametrize("read", [simulate, check_schedule, format_timeline])
+@pytest.mark.parametrize(
+    ("tasks", "text"),
+    [
+        ([], r"The tasks are \[\]; give at least one, as make_schedule\('1f1b', 2, 4\)"),
+        (None, "The tasks are None; give at least one"),
+        (
+            [(0, 0, 0, "F")],
+            r"\(0, 0, 0, 'F'\) is no task; give jaxpar\.schedule\.Task\(tick, stage, microbatch, kind\)",
+        ),
+        ([Task(0, -1, 0, "F")], r"stage=-1.* is no task; .* whole numbers from 0 on"),
+        ([Task(0, 0, 0, "X")], r"kind='X'\) is no task; .* and 'F' or 'B'"),
+    ],
+)
+def test_what_is_no_task_is_named(read, tasks, text):
+    with pytest.raises(schedule.ScheduleError, match=text):
+        read(tasks)
+
+
 def test_a_timeline_shows_each_stage_in_a_line():
     assert format_timeline(make_schedule("gpipe", 2, 2)).splitlines() == [
         "stage 0  F0 F1 .  .  B0 B1",

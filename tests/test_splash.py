@@ -71,6 +71,17 @@ def test_what_the_kernel_cannot_take_is_named(shapes, options, message):
         jaxpar.splash_attention(q, k, k, **options)
 
 
+def test_arrays_of_one_floating_point_dtype_are_asked_for():
+    q = jnp.ones((2, 128, 4, 8))
+    message = r"of {'q': 'float32', 'k': 'bfloat16', 'v': 'float32'}; give arrays of one floating-point dtype"
+    with pytest.raises(SplashError, match=message):
+        jaxpar.splash_attention(q, q.astype("bfloat16"), q)
+    with pytest.raises(SplashError, match="'v': 'list'}; give arrays of one floating-point dtype"):
+        jaxpar.splash_attention(q, q, [1.0])
+    with pytest.raises(SplashError, match="'q': 'int32'"):
+        jaxpar.splash_attention(*[q.astype("int32")] * 3)
+
+
 @pytest.mark.parametrize(
     ("axes", "kv_heads", "message"),
     [
