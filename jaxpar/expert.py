@@ -141,7 +141,7 @@ class MoE(nnx.Module):
       normalize: as for `mixture_of_experts`.
       rngs: for the parameters.
 
-    >>> y, losses = MoE(16, 32, num_experts=8, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 16)))
+    >>> y, losses = jax.jit(MoE(16, 32, num_experts=8, rngs=nnx.Rngs(0)))(jnp.ones((2, 5, 16)))
     >>> y.shape, losses.balance.shape
     ((2, 5, 16), ())
     """

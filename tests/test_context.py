@@ -633,7 +633,11 @@ def test_an_island_stands_in_a_shard_map_over_an_axis_of_the_users_own():
 
 
 @pytest.mark.parametrize(
-    ("attention", "mesh"), [("ring", {"data": 2, "context": 2}), ("ulysses", {"context": 2, "model": 2})]
+    ("attention", "mesh"),
+    [
+        ("ring", {"data": 2, "context": 2}),
+        pytest.param("ulysses", {"context": 2, "model": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_attention_runs_op_by_op_too(attention, mesh):
     rng = np.random.default_rng(0)

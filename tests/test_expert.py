@@ -450,7 +450,8 @@ def train(kind, init_fn, loss_fn, **build):
     )
 
 
-@pytest.mark.parametrize("kind", ["data_expert", pytest.param("fsdp_expert", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data_expert", "fsdp_expert"])
 def test_microbatches_without_the_balance_loss_make_the_step_of_the_whole_batch(kind):
     (batch,) = make_batches(1)
     with jax.enable_x64(True):
@@ -593,7 +594,7 @@ def test_a_mixture_inside_an_island_over_its_own_axis_is_an_error():
 
 @pytest.mark.parametrize(
     ("part", "ragged"),
-    [("x", True), ("experts", False), pytest.param("router", False, marks=pytest.mark.slow)],
+    [("experts", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("x", True), ("router", False)))],
 )
 def test_a_batch_of_mixtures_is_each_of_them_and_its_gradients(part, ragged, monkeypatch):
     if ragged:
@@ -620,6 +621,7 @@ def test_a_mixture_runs_op_by_op_beside_an_axis_that_is_not_its_own():
         np.testing.assert_allclose(mix(inputs)[0], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_features_without_tokens_are_mixed_too():
     inputs = make_inputs(dtype="float32")
     flat = inputs._replace(x=inputs.x.reshape(-1, WIDTH))
