@@ -241,8 +241,10 @@ def inspect(
     rows = [row for layout in layouts for row in layout.rows]
     size = lambda prefix: sum(row.bytes_per_device for row in rows if row.path.startswith(prefix))
     collectives = find_collectives(read_program(program.text), mesh, slice_of=slice_of)
+    is_eval = isinstance(train_step, EvalStep)
     terms = Terms(
-        frozenset(row.path for row in rows if step is not train_step).union(*(one.static.frozen for one in states)),
+        frozenset(row.path for row in rows if is_eval).union(*(one.static.frozen for one in states)),
+        not is_eval,
         step.compute_dtype,
         step.num_microbatches,
         tuple(axis for layout in layouts for axis in strategy.train_axes(layout, step.num_microbatches)),
