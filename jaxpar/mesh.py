@@ -81,7 +81,7 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
     if target is not None:
         devices = list(target_devices(read_target(target, slices)))
     chosen = check_devices(jax.devices() if devices is None else devices)
-    shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen.size)
+    shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen)
     check_axis_name(slice_axis)
     if slices != 1 or slice_of is not None:
         laid = _lay_slices(shape, chosen, slices, slice_axis, slice_of)
@@ -332,8 +332,9 @@ def _check_slices(shape: dict[str, int], slices: Any, axis: str, found: dict[int
         raise MeshError(f"Mesh axis {axis!r} of size {shape[axis]} does not divide by {slices} slices.")
 
 
-def _fill_in(shape: dict[str, int], num_devices: int) -> dict[str, int]:
+def _fill_in(shape: dict[str, int], devices: np.ndarray) -> dict[str, int]:
     """The sizes with -1 replaced by what the others leave of the devices."""
+    num_devices = devices.size
     unknown = [axis for axis, size in shape.items() if size == -1]
     known = math.prod(size for size in shape.values() if size != -1)
     if len(unknown) > 1:
@@ -342,14 +343,25 @@ def _fill_in(shape: dict[str, int], num_devices: int) -> dict[str, int]:
         others = {axis: size for axis, size in shape.items() if size != -1}
         raise MeshError(
             f"Mesh axis {unknown[0]!r} is -1, but the others {others} use {known}, which do not divide "
-            f"{num_devices} devices."
+            f"{num_devices} devices.{_how_to_fake(known, devices)}"
         )
     filled = {axis: num_devices // known if size == -1 else size for axis, size in shape.items()}
     total = math.prod(filled.values())
     if total != num_devices:
-        hint = f" Pass devices=jax.devices()[:{total}] for a part of them." if total < num_devices else ""
+        few = total < num_devices
+        hint = f" Pass devices=jax.devices()[:{total}] for a part of them." if few else _how_to_fake(total, devices)
         raise MeshError(
             f"Mesh axes {filled} use {total} devices, but {num_devices} are available; sizes must multiply "
             f"to the device count.{hint}"
         )
     return filled
+
+
+def _how_to_fake(count: int, devices: np.ndarray) -> str:
+    """An error's aside, where there are too few: CPU devices can be made up."""
+    if count <= devices.size or target_of(devices[0]) is not None:
+        return ""
+    return (
+        f" To try it without them: jaxpar.fake_devices({count}), before anything else uses JAX; on the command "
+        f"line --fake-devices {count}."
+    )

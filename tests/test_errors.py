@@ -161,7 +161,8 @@ MESHES = {
     "too many for the devices": (
         lambda: make_mesh(data=4, model=4),
         "Mesh axes {'data': 4, 'model': 4} use 16 devices, but 8 are available; sizes must multiply to the device "
-        "count.",
+        "count. To try it without them: jaxpar.fake_devices(16), before anything else uses JAX; on the command line "
+        "--fake-devices 16.",
     ),
     "a misspelt axis": (
         lambda: make_mesh(modle=8),

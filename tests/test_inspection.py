@@ -364,9 +364,17 @@ def test_a_report_prints_and_is_plain_data():
     report = inspect_task(STRATEGIES["fsdp_model"](DEVICES), "nnx_decoder", rows=64)
     data = json.loads(json.dumps(report.to_dict()))
     assert data["mesh"] == {"fsdp": 2, "model": 4}
+    assert data["fits"] is True
     assert sum(row["bytes"] for row in data["traffic"]) == data["wire_bytes"]
     for text in (str(report), report._repr_html_()):
-        for part in ("optimizer state", "all-reduce", "models.py", "weights and gradients", "flops"):
+        for part in (
+            "(in parentheses)",
+            "optimizer state",
+            "all-reduce",
+            "models.py",
+            "weights and gradients",
+            "flops",
+        ):
             assert part in text
 
 

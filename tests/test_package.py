@@ -329,6 +329,15 @@ def test_a_function_keeps_its_name_beside_the_module_it_lives_in():
     assert run_python("-c", code).stdout.strip() == "True True True True"
 
 
+def test_names_of_axes_that_are_written_twice_are_alike():
+    # Where importing them would start JAX, or leave the readers of programs.
+    from jaxpar import __main__ as command
+    from jaxpar.inspection import declared
+    from jaxpar.mesh import BATCH_AXES
+
+    assert (command._AXES, declared._BATCH_AXES) == (jaxpar.AXES, BATCH_AXES)
+
+
 def test_the_package_is_typed_and_says_its_version():
     assert (PACKAGE / "py.typed").exists()
     parts = jaxpar.__version__.split(".")
