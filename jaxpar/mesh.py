@@ -236,19 +236,26 @@ def _is_bound(axis: str) -> bool:
 def fake_devices(count: int = 8) -> list[jax.Device]:
     """Returns `count` CPU devices, made up on this machine's one CPU: what tests and notebooks run a mesh on.
 
-    Call it before anything else uses JAX, since JAX counts its devices once.
+    Call it before anything else uses JAX, since JAX counts its devices once. It then starts with CPUs alone, unless
+    JAX_PLATFORMS names others.
 
     Raises:
-      MeshError: JAX has started already, with fewer CPU devices.
+      MeshError: JAX has started already, with fewer CPU devices, or may not use CPUs.
 
     >>> len(fake_devices(8))
     8
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise MeshError(f"count is {count!r}; give a whole number of devices, 1 or more.")
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if platforms and "cpu" not in platforms.split(","):
+        raise MeshError(f"Fake devices are CPU devices, but JAX_PLATFORMS={platforms} rules CPUs out; unset it.")
     # Once JAX has started it refuses; that is right if it did so with enough devices, which the count below tells.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
+        if not platforms:
+            # A GPU would be what meshes are made of, and most of its memory taken; libtpu, that of no TPU, complains.
+            jax.config.update("jax_platforms", "cpu")
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise MeshError(

@@ -173,7 +173,7 @@ def read_sizes(options: argparse.Namespace) -> Sizes:
 
 def _make_strategy(options: argparse.Namespace) -> jaxpar.Strategy:
     """The strategy, its rules chosen by the axes of the mesh."""
-    devices = None if options.fake_devices is None else make_fake_devices(options.fake_devices)
+    devices = None if options.fake_devices is None else jaxpar.fake_devices(options.fake_devices)
     if options.pmap:
         return jaxpar.data_parallel(devices)
     mesh = jaxpar.make_mesh(options.mesh, devices=devices)
@@ -188,23 +188,6 @@ def _make_strategy(options: argparse.Namespace) -> jaxpar.Strategy:
 def rules_for(mesh: jax.sharding.Mesh) -> list[Any]:
     """Returns the ready-made lists of rules for the axes that a mesh has."""
     return [rules for axis, rules in _RULES.items() if axis in mesh.shape]
-
-
-def make_fake_devices(count: int) -> list[jax.Device]:
-    """Returns CPU devices, made up, with no other platform started.
-
-    Raises:
-      UsageError: JAX_PLATFORMS rules CPUs out.
-    """
-    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-    if not platforms:
-        # A GPU beside them would be started, and most of its memory taken, for nothing.
-        jax.config.update("jax_platforms", "cpu")
-    elif "cpu" not in platforms.split(","):
-        raise UsageError(
-            f"--fake-devices {count} are CPU devices, but JAX_PLATFORMS={platforms} rules them out; unset it."
-        )
-    return jaxpar.fake_devices(count)
 
 
 def _check_fit(options: argparse.Namespace, strategy: jaxpar.Strategy) -> None:

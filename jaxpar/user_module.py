@@ -73,7 +73,7 @@ def make_mesh(options: argparse.Namespace, target: str | None) -> jax.sharding.M
         if target:
             jax.config.update("jax_platforms", "cpu")
             return jaxpar.make_mesh(options.mesh, target=target, slices=options.slices, slice_axis=options.slice_axis)
-        devices = None if options.fake_devices is None else train_command.make_fake_devices(options.fake_devices)
+        devices = None if options.fake_devices is None else jaxpar.fake_devices(options.fake_devices)
         return jaxpar.make_mesh(options.mesh, devices=devices, slices=options.slices, slice_axis=options.slice_axis)
     except (jaxpar.MeshError, jaxpar.TargetError) as error:
         raise UsageError(str(error)) from error

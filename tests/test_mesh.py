@@ -194,6 +194,16 @@ def test_fake_devices_are_given_where_jax_has_enough_already():
     assert jaxpar.fake_devices(5) == jax.devices("cpu")[:5]
 
 
+def test_fake_devices_are_refused_where_jax_may_not_use_cpus():
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "cuda")
+    try:
+        with pytest.raises(jaxpar.MeshError, match="JAX_PLATFORMS=cuda rules CPUs out; unset it"):
+            jaxpar.fake_devices(8)
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 def run_python(code):
     # A start of JAX of its own: the number of devices is counted once a process.
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -204,11 +214,12 @@ def run_python(code):
 def test_fake_devices_come_before_jax_starts_and_say_what_to_do_after():
     out, _ = run_python(
         "import jaxpar, jax\n"
-        "print(len(jaxpar.fake_devices(3)), jax.device_count())\n"
+        "print(len(jaxpar.fake_devices(3)), jax.device_count(), jax.config.jax_platforms)\n"
         "try:\n    jaxpar.fake_devices(6)\n"
         "except jaxpar.MeshError as error:\n    print(error)"
     )
     first, message = out.splitlines()
-    assert first == "3 3"
+    # With libtpu or a GPU beside them JAX would start those, with their noise or memory, and make meshes of them.
+    assert first == "3 3 cpu"
     assert message.startswith("6 fake devices were asked for, but JAX has already started with 3;")
     assert "JAX_NUM_CPU_DEVICES=6" in message
