@@ -160,7 +160,7 @@ class Inspection:
     def _legend(self) -> list[str]:
         """What the table of traffic doesn't say by itself."""
         notes = ["at least: the fewest bytes that the layout allows; -: nothing declares them"]
-        if any(row.bytes != row.logical_bytes for row in self.traffic):
+        if any(_differ(row) for row in self.traffic):
             notes.append(
                 "(in parentheses): what remains if gathers are sent in the dtype that is computed in, and of a sum "
                 "only the part that is kept, as accelerators may and XLA on CPU doesn't; the ratio is theirs"
@@ -188,8 +188,7 @@ class Inspection:
             (
                 row.purpose,
                 name_axes(row.axes),
-                format_bytes(row.bytes)
-                + (f" ({format_bytes(row.logical_bytes)})" if row.logical_bytes != row.bytes else ""),
+                format_bytes(row.bytes) + (f" ({format_bytes(row.logical_bytes)})" if _differ(row) else ""),
                 "-" if row.bound is None else format_bytes(row.bound),
                 "-" if not row.bound else f"{row.logical_bytes / row.bound:.2f}",
             )
@@ -328,6 +327,11 @@ def _partial_sums(jaxpr: Any, state: Any, rows: list[LayoutRow], mesh: Mesh) -> 
     declared = {axis: count_declared(jaxpr, mesh.shape, axis) for axis in _ISLANDS if mesh.shape.get(axis, 1) > 1}
     # An island may also leave what it sends to the compiler, by constraints.
     return found | {axis: count for axis, count in declared.items() if count}
+
+
+def _differ(row: Traffic) -> bool:
+    """Whether a reader would see a difference."""
+    return format_bytes(row.logical_bytes) != format_bytes(row.bytes)
 
 
 def _describe(one: Collective) -> str:
