@@ -282,6 +282,14 @@ def test_an_eval_steps_outputs_take_no_place_of_its_state():
 
 
 @pytest.mark.slow
+def test_what_an_eval_step_does_not_use_lies_split_all_the_same():
+    strategy, _, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"), Sizes(1024, 4, 8, 8, 2816))
+    report = jaxpar.inspect(jaxpar.make_eval_step(loss_fn, strategy), state, batch)
+    held = sum(row.bytes_per_device for row in report.rows)
+    assert held <= report.argument_bytes < 1.1 * held + 2**20
+
+
+@pytest.mark.slow
 def test_a_target_gets_the_steps_own_options_and_says_what_it_cannot_compile():
     strategy, _, state, batch = start(jaxpar.make_mesh(data=8, target="v5e-8"))
     step = jaxpar.make_train_step(loss_fn, strategy, compiler_options={"xla_nonsense": True})
