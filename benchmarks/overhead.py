@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,10 +145,11 @@ def step_time(name, *, quick):
         lambda path, leaf: NamedSharding(mesh, spec_of(jax.tree_util.keystr(path, simple=True, separator="/"))), tree
     )
     whole = NamedSharding(mesh, P())
-    adam, *rest = tx.init(params)
+    opt_state: Any = tx.init(params)
+    adam, *rest = opt_state
     opt_shardings = (adam._replace(count=whole, mu=place(params), nu=place(params)), *rest)
     shardings = (place(params), opt_shardings, whole, whole)
-    carry = jax.device_put((params, tx.init(params), jnp.int32(0), jax.random.key(1)), shardings)
+    carry = jax.device_put((params, opt_state, jnp.int32(0), jax.random.key(1)), shardings)
     rows = 512 if quick else 4096
     batch = strategy.shard_batch({key: np.ones((rows, 256), np.float32) for key in "xy"})
     ours = jaxpar.make_train_step(loss_fn, strategy), state

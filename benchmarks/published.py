@@ -123,7 +123,10 @@ def build(row: dict[str, str], options: dict[str, Any] | None = None) -> tuple[A
         "data",
     )
     mesh = jaxpar.make_mesh(
-        target=f"{row['chip']}:{row['topology']}", slices=slices, slice_axis=_AXES.get(slow, slow), **axes
+        ",".join(f"{axis}={size}" for axis, size in axes.items()),
+        target=f"{row['chip']}:{row['topology']}",
+        slices=slices,
+        slice_axis=_AXES.get(slow, slow),
     )
     strategy = jaxpar.sharded(mesh, *(rules for axis, rules in _RULES.items() if axis in mesh.shape))
     number = lambda name: int(row[name])
@@ -160,7 +163,7 @@ def _remat_of(row: dict[str, str]) -> str:
 def run(row: dict[str, str]) -> Outcome:
     """Returns the row's estimate beside what was published."""
     start = time.perf_counter()
-    flags = {} if row["chip"] in ("v4", "v6e") else dict.fromkeys(_FLAGS, True)
+    flags: dict[str, Any] = {} if row["chip"] in ("v4", "v6e") else dict.fromkeys(_FLAGS, True)
     choices = [flags, {**flags, **_NO_WINDOWS}] if "tensor" in row["mesh"] else [flags]
     found = []
     for options in choices:

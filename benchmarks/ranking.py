@@ -209,7 +209,7 @@ def loss_fn(model: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, dict[str
 def estimate(case: Case, choice: Choice) -> jaxpar.Estimate:
     """Returns the estimate of a case on a mesh."""
     target = f"{case.chip}:{'x'.join(map(str, case.shape))}"
-    mesh = jaxpar.make_mesh(target=target, **choice.axes)
+    mesh = jaxpar.make_mesh(",".join(f"{axis}={size}" for axis, size in choice.axes.items()), target=target)
     strategy = jaxpar.sharded(mesh, *(rules for axis, rules in _RULES.items() if axis in mesh.shape))
     attend = functools.partial(jaxpar.splash_attention, is_causal=True)
     if "context" in mesh.shape:

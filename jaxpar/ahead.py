@@ -30,6 +30,8 @@ from jaxpar.targets import CHIPS, Target, TargetError, target_devices
 
 SECONDS = 300
 _MEMORY = 0.8
+# One more where what is kept of a program is read in another way, or means another thing, than before.
+_FORMAT = 1
 _PROGRAM, _MESH, _ERROR = "program.bin", "mesh.json", "error.txt"
 
 
@@ -82,7 +84,7 @@ def compile_ahead(step: Step, state: Any, batch: Any, target: Target, *, seconds
     options = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     versions = [f"{name} {_version_of(name)}" for name in ("jaxpar", "jax", "jaxlib", "libtpu", "libtpu-nightly")]
     # The lines of Python that lead here are in it, since reports tell them.
-    key = program_cache.key_of([exported.mlir_module(), told, str(target), *options, *versions])
+    key = program_cache.key_of([str(_FORMAT), exported.mlir_module(), told, str(target), *options, *versions])
     if (kept := program_cache.read(key)) is not None and set(kept) == set(CompiledProgram._fields):
         return CompiledProgram(**kept)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxpar-"))

@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import check_axis_name, current_mesh, island_size, run_as_one
+from jaxpar.island import current_mesh, island_size, run_as_one
+from jaxpar.mesh import check_axis_name
 from jaxpar.sequence import CONTEXT_SIZE, ContextError, check_divides
 
 _AXIS = "context"

@@ -3,7 +3,10 @@
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
+import os
+import pathlib
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +22,19 @@ from jaxpar.targets import CHIPS
 from jaxpar.usage import UsageError
 from jaxpar.user_module import make_mesh, run_step
 
-_HEADS = ("target", "fits", "memory", "step", "a second", "MFU", "bound by", "$/hour", "$/billion", "price of")
+_HEADS = (
+    "target",
+    "fits",
+    "memory",
+    "a step takes in",
+    "step",
+    "a second",
+    "MFU",
+    "bound by",
+    "$/hour",
+    "$/billion",
+    "price of",
+)
 
 
 def estimate(options: argparse.Namespace) -> int:
@@ -34,6 +49,8 @@ def estimate(options: argparse.Namespace) -> int:
             f"--target {options.target!r} names no pod; give one, as v5e-256, or several, as v5e-64,v5p-16."
         )
     prices = _read_prices(options.price, targets)
+    if options.chart:
+        _check_chart(pathlib.Path(options.chart))
     if len(targets) == 1:
         report = _estimate(options, targets[0], prices)
         found: list[Any] = [report]
@@ -112,6 +129,7 @@ def _compare(targets: list[str], found: list[Any], options: argparse.Namespace) 
         rows.append(_row(target, report))
         notes.append(f"{target}: {read_figures()[report.target.chip]['weigh'].value}.")
         content.append(report.to_dict())
+    notes += _what_is_held(found)
     notes.append(
         "Beside time and dollars weigh the task (a chip's memory, its slices' sizes, the kernels and dtypes that your "
         "code needs), compatibility (what the JAX and libtpu that you pin support), security (which regions your data "
@@ -125,11 +143,23 @@ def _compare(targets: list[str], found: list[Any], options: argparse.Namespace) 
         print("\n".join([*align(Table(_HEADS, rows)), "", *notes]))
 
 
+def _what_is_held(found: list[Any]) -> list[str]:
+    """What is the same for all pods, and so what may be compared."""
+    batches = {report.tokens for report in found if isinstance(report, jaxpar.Estimate)}
+    if len(batches) == 1:
+        return ["Held the same: the batch. So a chip of a larger pod has less to do."]
+    return [
+        "Held the same: a chip's rows, one unless microbatches need more. So a larger pod takes in more a step, and "
+        "steps' seconds don't compare; tokens a second and dollars a billion do. --batch-size N gives all the same."
+    ]
+
+
 def _row(target: str, report: jaxpar.Estimate) -> tuple[str, ...]:
     return (
         target,
         "yes" if report.fits else "NO",
         f"{format_bytes(report.peak_bytes)} of {format_bytes(report.hbm_bytes)}",
+        f"{report.tokens:,} {report.unit}",
         f"{report.seconds:.3g} s ({report.fastest:.3g} to {report.slowest:.3g})",
         f"{report.tokens_per_second:,.0f} {report.unit}",
         f"{report.mfu:.1%}",
@@ -140,16 +170,28 @@ def _row(target: str, report: jaxpar.Estimate) -> tuple[str, ...]:
     )
 
 
-def _draw(reports: list[jaxpar.Estimate], path: str) -> None:
-    """Draws where the time goes, and the memory, as a PNG.
+def _check_chart(path: pathlib.Path) -> None:
+    """What would be found out after the compiles.
 
     Raises:
       UsageError: matplotlib isn't there, or the file can't be written.
     """
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise UsageError("--chart needs matplotlib: pip install 'jaxpar[plot]'") from error
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--chart needs matplotlib: pip install 'jaxpar[plot]'")
+    if not path.parent.is_dir():
+        raise UsageError(f"--chart {path} can't be written: there is no folder {path.parent}; make it first.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--chart {path} can't be written: {'a folder' if path.is_dir() else 'permission denied'}.")
+
+
+def _draw(reports: list[jaxpar.Estimate], path: str) -> None:
+    """Draws where the time goes, and the memory, as a PNG.
+
+    Raises:
+      UsageError: the file can't be written.
+    """
+    import matplotlib.figure
+
     figure = matplotlib.figure.Figure(figsize=(10, 2.6 + 0.6 * len(reports)), layout="constrained")
     times, memory = figure.subplots(1, 2, width_ratios=[2, 1], sharey=True)
     names = [str(report.target) for report in reports]

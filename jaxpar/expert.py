@@ -16,7 +16,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import BATCH_AXES, automatic_axes, island_size, run_as_one, takes_rows_alone
+from jaxpar.island import automatic_axes, island_size, run_as_one, takes_rows_alone
+from jaxpar.mesh import BATCH_AXES
 
 _AXIS = "expert"
 

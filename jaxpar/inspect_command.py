@@ -24,4 +24,4 @@ def inspect(options: argparse.Namespace) -> int:
     else:
         # Tables would wrap at a width that a file doesn't have.
         print(report)
-    return 0 if report.hbm_bytes is None or report.peak_bytes <= report.hbm_bytes else 1
+    return 0 if report.fits else 1

@@ -81,7 +81,7 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
     if target is not None:
         devices = list(target_devices(read_target(target, slices)))
     chosen = check_devices(jax.devices() if devices is None else devices)
-    shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen.size)
+    shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen)
     check_axis_name(slice_axis)
     if slices != 1 or slice_of is not None:
         laid = _lay_slices(shape, chosen, slices, slice_axis, slice_of)
@@ -153,7 +153,7 @@ def check_mesh(mesh: Mesh) -> None:
     ordered = tuple(axis for axis in AXES if axis in mesh.axis_names)
     if mesh.axis_names != ordered:
         raise MeshError(f"Mesh axes are {mesh.axis_names}, but must lie in the order {ordered}; make_mesh orders them.")
-    _check_no_axis_is(mesh, AxisType.Explicit, AxisType.Manual)
+    check_no_axis_is(mesh, AxisType.Explicit, AxisType.Manual)
 
 
 def count_shards(mesh: Mesh, axes: Sequence[str]) -> int:
@@ -165,82 +165,8 @@ def count_shards(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
 
 
-def current_mesh() -> AbstractMesh:
-    """Returns the mesh under which an island is traced, perhaps one without axes.
-
-    Raises:
-      MeshError: it has Explicit axes, as `jax.make_mesh` makes them by default.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    _check_no_axis_is(mesh, AxisType.Explicit)
-    return mesh
-
-
-def island_size(axis: str) -> int:
-    """Returns the size of `axis` on the mesh under which an island is traced: 1 where there is none.
-
-    An island is a `shard_map` in a model's forward, manual over its own axis and automatic over the others; at size 1
-    it is its plain function. The mesh is JAX's own, which every step sets; under `data_parallel`, or outside a step, it
-    has no such axis.
-
-    Raises:
-      MeshError: the mesh has Explicit axes. Or the island stands in one over the same axis, or over an axis that comes
-        later in `jaxpar.AXES`: JAX 0.12 would abort the process.
-
-    >>> island_size("stage")
-    1
-    >>> with jax.set_mesh(make_mesh(data=2, stage=4)):
-    ...     island_size("stage")
-    4
-    """
-    mesh = current_mesh()
-    size = mesh.shape.get(axis, 1)
-    if size == 1:
-        return 1
-    if axis in mesh.manual_axes:
-        raise MeshError(f"An island over {axis!r} stands inside another one over {axis!r}; one of them is enough.")
-    later = [outer for outer in mesh.manual_axes if outer in AXES and AXES.index(outer) > AXES.index(axis)]
-    if later:
-        raise MeshError(
-            f"An island over {axis!r} stands inside one over {later[0]!r}; islands nest from the outer axis to the "
-            f"inner one, in the order {', '.join(AXES)}: call the one over {axis!r} outside."
-        )
-    return size
-
-
-def automatic_axes() -> tuple[str, ...]:
-    """Returns the mesh axes, of size 2 or more, over which an island could be manual where it is traced.
-
-    Those of the mesh that are the compiler's, come after every axis that is manual already, and whose names `jax.vmap`
-    hasn't taken, as the builder does for a model that reduces over `data`.
-
-    >>> with jax.set_mesh(make_mesh(data=2, model=4)):
-    ...     automatic_axes(), jax.vmap(lambda x: len(automatic_axes()), axis_name="data")(np.ones(3))
-    (('data', 'model'), Array([1, 1, 1], dtype=int32...))
-    """
-    mesh = current_mesh()
-    first = 1 + max((AXES.index(axis) for axis in mesh.manual_axes if axis in AXES), default=-1)
-    return tuple(axis for axis in AXES[first:] if mesh.shape.get(axis, 1) > 1 and not _is_bound(axis))
-
-
-def run_as_one(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `fn` jitted, for an island to run outside a jit too: op by op, JAX leaves no axis to the compiler.
-
-    >>> run_as_one(lambda x: x + 1)(1)
-    Array(2, dtype=int32, weak_type=True)
-    """
-    return jax.jit(fn)
-
-
-def takes_rows_alone() -> bool:
-    """Returns whether the builder calls the model on one row after the other, as it does with a padded batch.
-
-    There is nothing to split then, and an island is its plain function.
-    """
-    return _is_bound(ROW_AXIS)
-
-
-def _check_no_axis_is(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> None:
+def check_no_axis_is(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> None:
+    """Raises MeshError if an axis of the mesh is of one of these kinds: jaxpar's are Auto, manual inside islands."""
     named = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind in kinds]
     if named:
         raise MeshError(
@@ -249,27 +175,22 @@ def _check_no_axis_is(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> None:
         )
 
 
-def _is_bound(axis: str) -> bool:
-    try:
-        jax.lax.axis_size(axis)
-    except NameError:
-        return False
-    return True
-
-
 def fake_devices(count: int = 8) -> list[jax.Device]:
     """Returns `count` CPU devices, made up on this machine's one CPU: what tests and notebooks run a mesh on.
 
-    Call it before anything else uses JAX, since JAX counts its devices once.
+    Call it before anything else uses JAX, since JAX counts its devices once. Other devices stay beside them.
 
     Raises:
-      MeshError: JAX has started already, with fewer CPU devices.
+      MeshError: JAX has started already, with fewer CPU devices, or may not use CPUs.
 
     >>> len(fake_devices(8))
     8
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise MeshError(f"count is {count!r}; give a whole number of devices, 1 or more.")
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if platforms and "cpu" not in platforms.split(","):
+        raise MeshError(f"Fake devices are CPU devices, but JAX_PLATFORMS={platforms} rules CPUs out; unset it.")
     # Once JAX has started it refuses; that is right if it did so with enough devices, which the count below tells.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
@@ -366,8 +287,9 @@ def _check_slices(shape: dict[str, int], slices: Any, axis: str, found: dict[int
         raise MeshError(f"Mesh axis {axis!r} of size {shape[axis]} does not divide by {slices} slices.")
 
 
-def _fill_in(shape: dict[str, int], num_devices: int) -> dict[str, int]:
+def _fill_in(shape: dict[str, int], devices: np.ndarray) -> dict[str, int]:
     """The sizes with -1 replaced by what the others leave of the devices."""
+    num_devices = devices.size
     unknown = [axis for axis, size in shape.items() if size == -1]
     known = math.prod(size for size in shape.values() if size != -1)
     if len(unknown) > 1:
@@ -376,14 +298,25 @@ def _fill_in(shape: dict[str, int], num_devices: int) -> dict[str, int]:
         others = {axis: size for axis, size in shape.items() if size != -1}
         raise MeshError(
             f"Mesh axis {unknown[0]!r} is -1, but the others {others} use {known}, which do not divide "
-            f"{num_devices} devices."
+            f"{num_devices} devices.{_how_to_fake(known, devices)}"
         )
     filled = {axis: num_devices // known if size == -1 else size for axis, size in shape.items()}
     total = math.prod(filled.values())
     if total != num_devices:
-        hint = f" Pass devices=jax.devices()[:{total}] for a part of them." if total < num_devices else ""
+        few = total < num_devices
+        hint = f" Pass devices=jax.devices()[:{total}] for a part of them." if few else _how_to_fake(total, devices)
         raise MeshError(
             f"Mesh axes {filled} use {total} devices, but {num_devices} are available; sizes must multiply "
             f"to the device count.{hint}"
         )
     return filled
+
+
+def _how_to_fake(count: int, devices: np.ndarray) -> str:
+    """An error's aside, where there are too few: CPU devices can be made up."""
+    if count <= devices.size or target_of(devices[0]) is not None:
+        return ""
+    return (
+        f" To try it without them: jaxpar.fake_devices({count}), before anything else uses JAX; on the command "
+        f"line --fake-devices {count}."
+    )

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import island_size, run_as_one, takes_rows_alone
+from jaxpar.island import island_size, run_as_one, takes_rows_alone
 from jaxpar.stack import (
     STAGE,
     PipelineError,

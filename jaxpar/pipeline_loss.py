@@ -11,8 +11,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
+from jaxpar.island import island_size, run_as_one, takes_rows_alone
 from jaxpar.loss import Weighted, check_values, grow, read_loss
-from jaxpar.mesh import island_size, run_as_one, takes_rows_alone
 from jaxpar.schedule import check_name
 from jaxpar.stack import (
     STAGE,

@@ -237,6 +237,8 @@ def _export(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool)
         in_shardings=(_shardings(states), _shardings(rows)),
         out_shardings=(_shardings(states) if carries_state else [], None),
         donate_argnums=(0,) if carries_state else (),
+        # An eval step's moments lie in memory too; of what is dropped, an export forgets the sharding.
+        keep_unused=True,
     )
     with jax.set_mesh(mesh):
         # Only a program kept for another JAX needs the promise that these stay as they are.

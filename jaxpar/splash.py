@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.mesh import AXES, BATCH_AXES, MeshError, current_mesh, run_as_one, takes_rows_alone
+from jaxpar.island import current_mesh, run_as_one, takes_rows_alone
+from jaxpar.mesh import AXES, BATCH_AXES, MeshError
 
 _MODEL = "model"
 

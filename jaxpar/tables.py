@@ -39,6 +39,15 @@ def show(title: str, tables: Iterable[Table], notes: Iterable[str] = ()) -> Any:
     return Group(*parts, *map(Text, notes))
 
 
+def name_axes(axes: Iterable[str]) -> str:
+    """Returns mesh axes as a report names them.
+
+    >>> name_axes(("fsdp", "model")), name_axes(())
+    ('fsdp x model', 'no axis')
+    """
+    return " x ".join(axes) or "no axis"
+
+
 def to_html(report: Any) -> str:
     """Returns the HTML of what a rich console would print, for a notebook."""
     from rich.console import Console

@@ -139,10 +139,7 @@ def _prepare(options: argparse.Namespace) -> _Job:
         init_fn = make_init_fn(options, sizes, strategy.mesh)
         layout = strategy.layout(init_fn)
         return _Job(options, strategy, init_fn, layout, read_text(options.text, min_bytes=options.seq_len + 1))
-    except jaxpar.MeshError as error:
-        hint = "" if options.fake_devices else " On a CPU, --fake-devices N makes up N devices."
-        raise UsageError(f"{error}{hint}") from error
-    except (TextError, jaxpar.PartitionError) as error:
+    except (jaxpar.MeshError, TextError, jaxpar.PartitionError) as error:
         raise UsageError(str(error)) from error
 
 

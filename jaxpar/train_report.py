@@ -131,10 +131,12 @@ def _as_line(row: Row) -> str:
 def _open(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        is_first = not (folder / "loss.png").exists()
         for name in ("loss.png", "log.jsonl"):
             # Found out now rather than after the training.
             (folder / name).open("ab").close()
-        (folder / "loss.png").unlink()
+        if is_first:
+            (folder / "loss.png").unlink()
         return folder / "log.jsonl"
     except OSError as error:
         raise UsageError(f"--out {str(folder)!r} can't be written: {error.strerror}: {error.filename!r}.") from error

@@ -17,6 +17,7 @@ from flax import nnx
 
 import jaxpar
 from jaxpar import train_command
+from jaxpar.mesh import nearest
 from jaxpar.transformer import Sizes, Transformer
 from jaxpar.usage import DEMO_SIZES, UsageError
 
@@ -107,8 +108,12 @@ def _load(name: str) -> types.ModuleType:
     except UsageError:
         raise
     except (Exception, SystemExit) as error:
-        ready = f"; ready ones are {', '.join(_READY)}" if isinstance(error, ModuleNotFoundError) else ""
-        raise UsageError(f"{name} can't be imported: {type(error).__name__}: {error}{ready}") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise UsageError(
+                f"{name} is no module that Python finds here, nor a ready model{nearest(name, tuple(_READY))}; give a "
+                f"Python file, as my_model.py, a module, or one of {', '.join(_READY)}."
+            ) from error
+        raise UsageError(f"{name} can't be imported: {type(error).__name__}: {error}") from error
     missing = [needed for needed in _NEEDED if not hasattr(module, needed)]
     if missing:
         raise UsageError(

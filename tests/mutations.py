@@ -159,6 +159,13 @@ MUTATIONS = [
         GPU + "of_a_ragged_exchange_that_starts_and_ends_apart_the_smaller_end_counts",
     ),
     Mutation(
+        "a surplus gather taken for needed",
+        "inspection/bounds.py",
+        "max(need for need in terms.gathers if need <= max(gathers, 1))",
+        "max(gathers, 1)",
+        INSPECTION + "a_gather_more_than_a_step_needs_is_above_the_bound",
+    ),
+    Mutation(
         "what Ulysses exchanges not declared",
         "inspection/declared.py",
         "if not before or not after or before == after:",
@@ -1256,10 +1263,17 @@ MUTATIONS += [
     ),
     Mutation(
         "an all-reduce as short as a gather in an estimate",
-        "estimation/links.py",
-        "Use(steps * seconds, links,",
-        "Use(seconds, links,",
+        "inspection/collectives.py",
+        '"all-reduce": 2 * (size - 1) / size,',
+        '"all-reduce": (size - 1) / size,',
         LINKS,
+    ),
+    Mutation(
+        "one group of a collective taken for all in an estimate",
+        "estimation/links.py",
+        "in _lanes_of(torus, groups)]",
+        "in _lanes_of(torus, groups[:1])]",
+        ESTIMATION + "of_groups_that_lie_differently_the_slowest_counts_and_each_keeps_its_links",
     ),
     Mutation(
         "the busiest link forgotten in an estimate",
@@ -1348,7 +1362,7 @@ MUTATIONS += [
     Mutation(
         "an iterator with a state is not set back",
         "source.py",
-        "iterator.set_state(_decode(states[jax.process_index()]))",
+        "_set_back(iterator, states[jax.process_index()])",
         "pass",
         FIT + "a_run_in_two_parts_is_one_run_bit_for_bit[iterator with a state]",
     ),

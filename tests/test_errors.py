@@ -33,7 +33,7 @@ from jaxpar import (
     pad_batch,
     sharded,
 )
-from jaxpar.mesh import island_size
+from jaxpar.island import island_size
 
 ROWS = 16
 BATCH = {"x": np.ones((ROWS, 16), "float32"), "y": np.ones(ROWS, "float32")}
@@ -197,7 +197,8 @@ MESHES = {
     "too many for the devices": (
         lambda: make_mesh(data=4, model=4),
         "Mesh axes {'data': 4, 'model': 4} use 16 devices, but 8 are available; sizes must multiply to the device "
-        "count.",
+        "count. To try it without them: jaxpar.fake_devices(16), before anything else uses JAX; on the command line "
+        "--fake-devices 16.",
     ),
     "a misspelt axis": (
         lambda: make_mesh(modle=8),

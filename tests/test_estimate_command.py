@@ -1,5 +1,6 @@
 """`jaxpar estimate`: one pod and several, prices and charts, and each error in one line (with the compiler: slow)."""
 
+import importlib.util
 import json
 
 import pytest
@@ -55,10 +56,19 @@ def test_several_pods_make_one_table(estimates, capsys):
     assert main(["estimate", "--target", "v5e-16,v5p-16"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["v5e-16", "yes"], ["v5p-16", "NO"]]
-    for word in ("task", "compatibility", "security", "2025-"):
+    for word in ("Held the same: the batch.", "task", "compatibility", "security", "2025-"):
         assert word in out
     assert main(["estimate", "--target", "v5e-16,v5p-16", "--json"]) == 0
     assert [each["fits"] for each in json.loads(capsys.readouterr().out)] == [True, False]
+
+
+def test_pods_with_batches_of_their_own_are_told(estimates, capsys, monkeypatch):
+    own = {"v5e-16": make_estimate(), "v5p-16": make_estimate(tokens=3)}
+    monkeypatch.setattr(estimate_command, "_estimate", lambda options, target, prices: own[target])
+    assert main(["estimate", "--target", "v5e-16,v5p-16"]) == 0
+    out = capsys.readouterr().out
+    assert "Held the same: a chip's rows, one unless" in out
+    assert "3 tokens" in out
 
 
 def test_what_can_be_estimated_nowhere_is_an_error(estimates, capsys):
@@ -75,8 +85,16 @@ def test_a_chart_shows_time_and_memory(estimates, capsys, tmp_path):
     path = tmp_path / "chart.png"
     assert main(["estimate", "--target", "v5e-16,v5p-16", "--chart", str(path)]) == 0
     assert path.read_bytes()[:4] == b"\x89PNG"
-    assert main(["estimate", "--target", "v5e-16", "--chart", str(tmp_path / "no" / "chart.png")]) == 2
-    assert "can't be written" in capsys.readouterr().err
+
+
+def test_what_a_chart_needs_is_found_out_before_the_compiles(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(estimate_command, "_estimate", lambda *args: pytest.fail("compiled"))
+    assert "there is no folder" in fails(capsys, "--target", "v5e-16", "--chart", str(tmp_path / "no" / "chart.png"))
+    assert "can't be written: a folder" in fails(capsys, "--target", "v5e-16", "--chart", str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "--chart needs matplotlib: pip install 'jaxpar[plot]'" in fails(
+        capsys, "--target", "v5e-16", "--chart", str(tmp_path / "chart.png")
+    )
 
 
 @pytest.mark.slow

@@ -76,6 +76,15 @@ def test_a_collective_takes_the_links_of_its_own_axis(shape, kind, groups, secon
     assert time_collective(torus_of(shape), kind, groups, 100).seconds == pytest.approx(seconds)
 
 
+def test_of_groups_that_lie_differently_the_slowest_counts_and_each_keeps_its_links():
+    # A ring down a column, and a line of four of a row's eight.
+    groups = np.array([[0, 8, 16, 24], [1, 2, 3, 4]])
+    for each in (groups, groups[::-1]):
+        use = time_collective(torus_of((4, 8)), "all-gather", each, 100)
+        assert use.seconds == pytest.approx(3 * 100 / 1e8)
+        assert use.links == {"x+", "x-", "y+", "y-"}
+
+
 def test_small_slices_are_lines_and_whole_ones_rings():
     assert [torus_of((4, 4)).is_ring(0), torus_of((4, 8)).is_ring(1), torus_of((4, 4, 8)).is_ring(2)] == [1, 0, 1]
     assert not torus_of((2, 2, 4)).is_ring(2)
@@ -90,7 +99,8 @@ def test_opposite_ways_of_a_ring_are_other_links():
 
 
 def test_between_slices_a_chip_has_its_part_of_the_network():
-    factors = {"all-reduce": 1.5, "all-gather": 3, "reduce-scatter": 0.75, "collective-permute": 1}
+    factors = {"all-reduce": 1.5, "all-gather": 3, "reduce-scatter": 0.75, "all-to-all": 0.75}
+    factors |= {"collective-permute": 1, "collective-broadcast": 1}
     for kind, factor in factors.items():
         assert time_network(RATES, kind, 4, 100).seconds == pytest.approx(factor * 100 / 1e7)
 

@@ -58,7 +58,8 @@ def test_the_demos_model_needs_no_code(capsys):
     ("arguments", "message"),
     [
         (["nothing.py", *ARGUMENTS], "nothing.py is no file; give a Python file or module with init_fn, loss_fn"),
-        (["no_such_module", *ARGUMENTS], "no_such_module can't be imported: ModuleNotFoundError: No module named"),
+        (["no_such_module", *ARGUMENTS], "no_such_module is no module that Python finds here, nor a ready model; give"),
+        (["lama2-7b", *ARGUMENTS], "nor a ready model (nearest: 'llama2-7b'); give a Python file, as my_model.py"),
         (["copy.py", *ARGUMENTS], "copy.py has the name of the module 'copy', which is in use and would be hidden"),
         (["json", *ARGUMENTS], "json has no init_fn, loss_fn, batch; it needs"),
         (["--mesh", "data=3", "--fake-devices", "8"], "Mesh axes {'data': 3} use 3 devices, but 8 are available"),
@@ -93,6 +94,7 @@ def test_a_module_finds_itself_and_what_lies_beside_it(module, tmp_path, capsys)
     ("more", "message"),
     [
         ("raise SystemExit(0)", "can't be imported: SystemExit: 0"),
+        ("import no_such_part", "mine.py can't be imported: ModuleNotFoundError: No module named 'no_such_part'\n"),
         ("def init_fn(rng): raise KeyError('width')", "fails with KeyError: 'width'"),
     ],
 )

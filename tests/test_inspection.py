@@ -364,9 +364,17 @@ def test_a_report_prints_and_is_plain_data():
     report = inspect_task(STRATEGIES["fsdp_model"](DEVICES), "nnx_decoder", rows=64)
     data = json.loads(json.dumps(report.to_dict()))
     assert data["mesh"] == {"fsdp": 2, "model": 4}
+    assert data["fits"] is True
     assert sum(row["bytes"] for row in data["traffic"]) == data["wire_bytes"]
     for text in (str(report), report._repr_html_()):
-        for part in ("optimizer state", "all-reduce", "models.py", "weights and gradients", "flops"):
+        for part in (
+            "(in parentheses)",
+            "optimizer state",
+            "all-reduce",
+            "models.py",
+            "weights and gradients",
+            "flops",
+        ):
             assert part in text
 
 
@@ -386,13 +394,51 @@ THEN_SLICED = """  %grad = f32[16,8]{1,0} parameter(0)
   ROOT %own = f32[4,8]{1,0} dynamic-slice(%sum, %row, %zero), dynamic_slice_sizes={4,8}"""
 
 
-def traffic_of_text(body):
+ALL_FOUR = "replica_groups=[1,4]<=[4]"
+
+
+def traffic_of_text(body, terms=Terms(), features=(8,)):  # noqa: B008
     mesh = sub_mesh(fsdp=4)
     strategy = jaxpar.sharded(mesh, [("kernel$", P("fsdp")), (".*", P())])
-    make_layer = lambda rng: nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(rng))
-    rows = strategy.layout(lambda rng: jaxpar.TrainState.create(make_layer(rng), optax.sgd(1.0))).rows
-    (row,) = sort_traffic(find_collectives(program_of(body), mesh), rows, mesh, Terms()).traffic
+    make = lambda rng, out: nnx.Linear(16, out, use_bias=False, rngs=nnx.Rngs(rng))
+    make_layers = lambda rng: nnx.Sequential(*(make(rng, out) for out in features))
+    rows = strategy.layout(lambda rng: jaxpar.TrainState.create(make_layers(rng), optax.sgd(1.0))).rows
+    (row,) = sort_traffic(find_collectives(program_of(body), mesh), rows, mesh, terms).traffic
     return row
+
+
+@pytest.mark.parametrize(
+    ("terms", "gathers", "needed"),
+    [
+        # Once, or again for the way back.
+        (Terms(), 1, 1),
+        (Terms(), 2, 2),
+        (Terms(), 3, 2),
+        (Terms(has_way_back=False, frozen=frozenset({"params/layers/0/kernel"})), 2, 1),
+        # Once for the step or in each of four microbatches; once or again.
+        (Terms(num_microbatches=4), 3, 2),
+        (Terms(num_microbatches=4), 5, 4),
+        (Terms(num_microbatches=4), 7, 4),
+        (Terms(num_microbatches=4), 8, 8),
+        (Terms(num_microbatches=4), 12, 8),
+    ],
+)
+def test_a_gather_more_than_a_step_needs_is_above_the_bound(terms, gathers, needed):
+    sums = 0 if terms.frozen else terms.num_microbatches
+    lines = ["  %part = f32[4,8]{1,0} parameter(0)", "  %grad = f32[16,8]{1,0} parameter(1)"]
+    lines += [f"  %g{n} = f32[16,8]{{1,0}} all-gather(%part), {ALL_FOUR}" for n in range(gathers)]
+    lines += [f"  %r{n} = f32[4,8]{{1,0}} reduce-scatter(%grad), {ALL_FOUR}" for n in range(sums)]
+    row = traffic_of_text("\n".join(lines), terms)
+    assert (row.bytes, row.bound) == (384 * (gathers + sums), 384 * (needed + sums))
+
+
+def test_the_gathers_that_are_needed_are_counted_leaf_by_leaf():
+    lines = ["  %x = f32[4,8]{1,0} parameter(0)", "  %y = f32[4,5]{1,0} parameter(1)"]
+    gathers = [("x", 8), ("x", 8), ("y", 5)]
+    lines += [f"  %g{n} = f32[16,{dim}]{{1,0}} all-gather(%{of}), {ALL_FOUR}" for n, (of, dim) in enumerate(gathers)]
+    frozen = Terms(frozenset({"params/layers/0/kernel", "params/layers/1/kernel"}))
+    row = traffic_of_text("\n".join(lines), frozen, features=(8, 5))
+    assert row.bytes == row.bound == 3 * 16 * (2 * 8 + 5)
 
 
 def test_a_gather_written_as_a_sum_is_told_with_both_its_counts():

@@ -47,7 +47,7 @@ BAD_ARGUMENTS = {
     ),
     "too many devices used": (
         ["train", "--mesh", "data=16"],
-        "use 16 devices, but 8 are available; sizes must multiply to the device count. On a CPU, --fake-devices N",
+        "use 16 devices, but 8 are available; sizes must multiply to the device count. To try it without them: ",
     ),
     "rest that does not divide": (["train", "--mesh", "data=3,model=-1", *EIGHT], "use 3, which do not divide 8"),
     "layers over the mesh": (
@@ -259,6 +259,14 @@ def test_the_log_has_a_row_a_step_and_the_curve_lies_beside_it(here, untrained):
         {"step": 2, "loss": 0.5, "tokens_per_second": 8.0},
     ]
     assert (here / "new/run/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_draws_no_curve_leaves_the_one_that_is_there(here, capsys, monkeypatch):
+    (here / "run").mkdir()
+    (here / "run/loss.png").write_bytes(b"of an earlier run")
+    monkeypatch.setattr(train_command, "loss_fn", lambda model, batch, rng: (model(batch["x"]).mean() * np.nan, {}))
+    assert main([*SMALL, "--text", "long", "--out", "run"]) == 1
+    assert (here / "run/loss.png").read_bytes() == b"of an earlier run"
 
 
 def test_without_matplotlib_the_log_is_written_and_a_line_says_what_is_missing(here, capsys, monkeypatch, untrained):

@@ -194,6 +194,16 @@ def test_fake_devices_are_given_where_jax_has_enough_already():
     assert jaxpar.fake_devices(5) == jax.devices("cpu")[:5]
 
 
+def test_fake_devices_are_refused_where_jax_may_not_use_cpus():
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "cuda")
+    try:
+        with pytest.raises(jaxpar.MeshError, match="JAX_PLATFORMS=cuda rules CPUs out; unset it"):
+            jaxpar.fake_devices(8)
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 def run_python(code):
     # A start of JAX of its own: the number of devices is counted once a process.
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -110,7 +110,7 @@ CORE = [
 ]
 ENGINES = {"sharded", "data_parallel"}
 # The islands' modules, each importing only those before it and these of the core.
-ISLANDS = ["schedule", "sequence", "context", "splash", "expert", "stack", "pipeline", "pipeline_loss"]
+ISLANDS = ["island", "schedule", "sequence", "context", "splash", "expert", "stack", "pipeline", "pipeline_loss"]
 UNDER_ISLANDS = {"targets", "mesh", "state", "loss"}
 # What runs a step for real, each importing only those before it and these.
 RUNNING = ["manifest", "saved_leaves", "saved_files", "failures", "agreement", "checkpoint", "preemption", "source"]
@@ -327,6 +327,15 @@ def test_a_function_keeps_its_name_beside_the_module_it_lives_in():
         "print(callable(jaxpar.sharded), callable(sharded), callable(data_parallel), callable(jaxpar.data_parallel))"
     )
     assert run_python("-c", code).stdout.strip() == "True True True True"
+
+
+def test_names_of_axes_that_are_written_twice_are_alike():
+    # Where importing them would start JAX, or leave the readers of programs.
+    from jaxpar import __main__ as command
+    from jaxpar.inspection import declared
+    from jaxpar.mesh import BATCH_AXES
+
+    assert (command._AXES, declared._BATCH_AXES) == (jaxpar.AXES, BATCH_AXES)
 
 
 def test_the_package_is_typed_and_says_its_version():

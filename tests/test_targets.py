@@ -59,6 +59,28 @@ def test_without_the_compiler_the_one_command_is_given(monkeypatch):
         jaxpar.make_mesh(fsdp=192, target="v4-192")
 
 
+def test_what_libtpu_refuses_is_told_with_the_one_command(monkeypatch):
+    def refuse(**asked):
+        raise RuntimeError("no such topology")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    message = (
+        r"libtpu can't compile for v4:4x4x12: no such topology; jax needs the libtpu .*: pip install 'jaxpar\[plan\]'"
+    )
+    with pytest.raises(TargetError, match=message):
+        target_devices(read_target("v4-192"))
+
+
+def test_without_flatbuffers_the_one_command_is_given(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    _, step, state, batch = start(jaxpar.make_mesh(data=8))
+    # What reads the target's devices would need the compiler.
+    monkeypatch.setattr(jaxpar.ahead, "_describe", lambda *args: (step.export(state, batch), ""))
+    with pytest.raises(TargetError, match=r"target v5e:2x4 needs flatbuffers: pip install 'jaxpar\[plan\]'"):
+        compile_ahead(step, state, batch, read_target("v5e-8"))
+
+
 def test_devices_and_a_target_are_one_too_many():
     with pytest.raises(jaxpar.MeshError, match="devices= and target='v5e-16' are given"):
         jaxpar.make_mesh(data=8, devices=jax.devices(), target="v5e-16")
@@ -257,6 +279,14 @@ def test_an_eval_steps_outputs_take_no_place_of_its_state():
     batch = {"x": jax.ShapeDtypeStruct((8192, 1024), "float32")}
     report = jaxpar.inspect(step, strategy.abstract_state(init_fn), batch)
     assert report.peak_bytes >= report.argument_bytes + 8192 * 1024 * 4 // 8
+
+
+@pytest.mark.slow
+def test_what_an_eval_step_does_not_use_lies_split_all_the_same():
+    strategy, _, state, batch = start(jaxpar.make_mesh(fsdp=16, target="v5e-16"), Sizes(1024, 4, 8, 8, 2816))
+    report = jaxpar.inspect(jaxpar.make_eval_step(loss_fn, strategy), state, batch)
+    held = sum(row.bytes_per_device for row in report.rows)
+    assert held <= report.argument_bytes < 1.1 * held + 2**20
 
 
 @pytest.mark.slow

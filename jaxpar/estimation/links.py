@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpar.estimation.chips import Rates
+from jaxpar.inspection.collectives import parts_sent
 
 # What a collective goes over: the links between the chips of a slice, or the network between slices.
 ICI, DCN = "ICI", "DCN"
@@ -75,26 +76,28 @@ def time_collective(torus: Torus, kind: str, groups: np.ndarray, count: int) -> 
         return Use(0.0, frozenset())
     if kind == "collective-permute":
         return _time_permute(torus, groups, count)
-    return _time_ring(torus, kind, groups[0], count)
+    # Groups may lie differently: the slowest is waited for, and each keeps its own links.
+    uses = [_time_ring(torus, kind, lanes, groups.shape[1], count) for lanes in _lanes_of(torus, groups)]
+    return Use(
+        max(use.seconds for use in uses),
+        frozenset().union(*(use.links for use in uses)),
+        max(use.latency for use in uses),
+    )
 
 
 def time_network(rates: Rates, kind: str, slices: int, count: float) -> Use:
     """Returns how long slices take to exchange `count` bytes of each chip over the network."""
-    factor = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1, "collective-permute": 1}
-    return Use(factor.get(kind, (slices - 1) / slices) * count / rates.network, frozenset({DCN}))
+    return Use(parts_sent(kind, slices) * count / rates.network, frozenset({DCN}))
 
 
-def _time_ring(torus: Torus, kind: str, group: np.ndarray, count: int) -> Use:
-    lanes = _lanes_of(torus, group)
-    size, hops = len(group), sum(lane.size // 2 if lane.is_ring else lane.size - 1 for lane in lanes)
+def _time_ring(torus: Torus, kind: str, lanes: "list[_Lane]", size: int, count: int) -> Use:
+    hops = sum(lane.size // 2 if lane.is_ring else lane.size - 1 for lane in lanes)
     links = frozenset(f"{'xyz'[lane.dim]}{way}" for lane in lanes for way in "+-")
     if "all-to-all" in kind:
         seconds = max(lane.size * count / (4 * lane.rate) for lane in lanes)
     else:
-        whole = count * size if kind == "all-gather" else count
-        seconds = whole * (size - 1) / size / sum(lane.rate for lane in lanes)
-    steps = 2 if kind == "all-reduce" else 1
-    return Use(steps * seconds, links, steps * hops * torus.rates.hop_seconds)
+        seconds = parts_sent(kind, size) * count / sum(lane.rate for lane in lanes)
+    return Use(seconds, links, (2 if kind == "all-reduce" else 1) * hops * torus.rates.hop_seconds)
 
 
 class _Lane(NamedTuple):
@@ -106,18 +109,19 @@ class _Lane(NamedTuple):
     is_ring: bool
 
 
-def _lanes_of(torus: Torus, group: np.ndarray) -> list[_Lane]:
-    places = torus.places[group]
-    lanes = []
-    for dim, size in enumerate(torus.shape):
-        used = np.unique(places[:, dim])
-        if len(used) == 1:
-            continue
-        # Where a group takes every second chip, the others' traffic passes over the same links.
-        stride = int(np.diff(used).min())
-        is_ring = len(used) * stride == size and torus.is_ring(dim)
-        lanes.append(_Lane(dim, len(used), torus.rates.link * (2 if is_ring else 1) / stride, is_ring))
-    return lanes
+def _lanes_of(torus: Torus, groups: np.ndarray) -> list[list[_Lane]]:
+    """The lanes of each group; groups that lie alike come once."""
+    gaps = np.diff(np.sort(torus.places[groups], axis=1), axis=1)
+    sizes = 1 + (gaps > 0).sum(axis=1)
+    # Where a group takes every second chip, the others' traffic passes over the same links.
+    strides = np.where(gaps > 0, gaps, max(torus.shape)).min(axis=1)
+    lies = np.unique(np.stack([sizes, strides], axis=2), axis=0)
+    return [[_lane_of(torus, dim, *map(int, lie)) for dim, lie in enumerate(each) if lie[0] > 1] for each in lies]
+
+
+def _lane_of(torus: Torus, dim: int, size: int, stride: int) -> _Lane:
+    is_ring = size * stride == torus.shape[dim] and torus.is_ring(dim)
+    return _Lane(dim, size, torus.rates.link * (2 if is_ring else 1) / stride, is_ring)
 
 
 @functools.lru_cache(256)

@@ -28,7 +28,7 @@ from jaxpar.inspection.flops import count_kernels, count_products
 from jaxpar.inspection.hlo import read_program
 from jaxpar.inspection.report import step_of
 from jaxpar.layout import format_bytes
-from jaxpar.tables import Table, align, show, to_html
+from jaxpar.tables import Table, align, name_axes, show, to_html
 from jaxpar.targets import Target, target_of
 from jaxpar.tokens import count_tokens
 
@@ -115,14 +115,16 @@ class Estimate:
         """What takes the most of a step's time, and so would have to be faster first."""
         parts = {"math (the matrix units)": self.busy.get(MATH, 0.0) + self.busy.get(KERNEL, 0.0)}
         parts["memory (HBM)"] = self.busy.get(MEMORY, 0.0)
-        parts |= {f"{_LINKS[wait.link]} over {_join(wait.axes)}": spent for wait, spent in self.waits.items()}
+        parts |= {f"{_LINKS[wait.link]} over {name_axes(wait.axes)}": spent for wait, spent in self.waits.items()}
         return max(parts, key=lambda name: parts[name])
 
     def parts(self) -> dict[str, float]:
         """Returns where a step's seconds go, by name, the largest first; they add up to all of it."""
         names = {MATH: "matrix products", KERNEL: "Pallas kernels", MEMORY: "memory (HBM)"}
         parts = {names[name]: spent for name, spent in self.busy.items()}
-        parts |= {f"waiting for {_LINKS[wait.link]}, {_join(wait.axes)}": spent for wait, spent in self.waits.items()}
+        parts |= {
+            f"waiting for {_LINKS[wait.link]}, {name_axes(wait.axes)}": spent for wait, spent in self.waits.items()
+        }
         return {name: spent for name, spent in sorted(parts.items(), key=lambda item: -item[1]) if spent}
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,7 +206,7 @@ class Estimate:
 
     def _link_rows(self) -> list[tuple[str, ...]]:
         return [
-            (_join(wait.axes), wait.link, _time(self.sent[wait]), _time(self.waits.get(wait, 0.0)))
+            (name_axes(wait.axes), wait.link, _time(self.sent[wait]), _time(self.waits.get(wait, 0.0)))
             for wait in self._links()
             if wait in self.sent
         ]
@@ -328,10 +330,6 @@ def _positive(name: str, number: Any) -> float:
     if isinstance(number, bool) or not isinstance(number, int | float | np.number) or not 0 < number < math.inf:
         raise EstimationError(f"{name} is {number!r}; give a number above 0.")
     return float(number)
-
-
-def _join(axes: tuple[str, ...]) -> str:
-    return " x ".join(axes) or "no axis"
 
 
 def _time(seconds: float) -> str:

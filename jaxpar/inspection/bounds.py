@@ -3,6 +3,10 @@
 Over an axis of n devices that splits a leaf of B bytes, n-1 of n parts come from elsewhere: each gather of it, and the
 reduction of its gradient, sends B (n-1)/n (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). Over one that
 does not split it, its gradient is all-reduced: 2 B (n-1)/n. B is what the other axes leave of it.
+
+A leaf must be gathered once, or again for the way back if what was gathered isn't kept; in the step, or in each of its
+microbatches. An eval step has no way back. Leaf by leaf, the most of these counts that a program sends enough for is
+what is needed; what it gathers beyond them shows as a ratio above 1.
 """
 
 import math
@@ -48,6 +52,7 @@ class Terms(NamedTuple):
 
     Attributes:
       frozen: the paths of the parameters that get no gradient.
+      has_way_back: whether the step differentiates.
       compute_dtype: what the step casts floating-point parameters to, and so gathers and reduces; None for their own.
       num_microbatches: how often it gathers and reduces what batch axes split.
       summed_axes: the axes over which the builder itself sums gradients, once, in the dtype of their parameters.
@@ -56,10 +61,17 @@ class Terms(NamedTuple):
     """
 
     frozen: frozenset[str] = frozenset()
+    has_way_back: bool = True
     compute_dtype: Any = None
     num_microbatches: int = 1
     summed_axes: tuple[str, ...] = ()
     partial_sums: Mapping[str, int] = types.MappingProxyType({})
+
+    @property
+    def gathers(self) -> set[int]:
+        """How often a leaf may have to be gathered."""
+        ways = 2 if self.has_way_back else 1
+        return {1, ways, self.num_microbatches, ways * self.num_microbatches}
 
     def width(self, row: LayoutRow) -> int:
         """The bytes of a leaf's element as it is gathered."""
@@ -94,8 +106,7 @@ def sort_traffic(collectives: Iterable[Collective], rows: Iterable[LayoutRow], m
         sent = sum(one.bytes_a_step for one in ones)
         logical, bound = sent, None
         if purpose == "weights and gradients":
-            logical = sum(_logical_bytes(one, params, mesh, terms) for one in ones)
-            bound = _bound(axes, params, mesh, terms, logical)
+            logical, bound = _weigh(ones, params, mesh, terms)
         elif purpose == "activations" and len(axes) == 1:
             bound = terms.partial_sums.get(axes[0])
         if purpose == "activations" and set(axes) <= set(BATCH_AXES) - set(_STAYS):
@@ -148,8 +159,31 @@ def _split_over(row: LayoutRow, axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if axis in axes_of(row.spec))
 
 
-def _logical_bytes(one: Collective, params: list[LayoutRow], mesh: Mesh, terms: Terms) -> int:
-    row, count = _leaf_of(one, params, mesh), one.bytes_a_step
+def _weigh(ones: list[Collective], params: list[LayoutRow], mesh: Mesh, terms: Terms) -> tuple[int, int]:
+    """The logical bytes of what moves leaves over one choice of axes, and the fewest that they could be."""
+    axes = ones[0].axes
+    owners = [_leaf_of(one, params, mesh) for one in ones]
+    sizes = [_logical_bytes(one, row, terms) for one, row in zip(ones, owners, strict=True)]
+    bound = 0.0
+    for rows in _alike(params, mesh, axes):
+        sent = sum(size for size, row in zip(sizes, owners, strict=True) if row in rows)
+        bound += _bound(axes, rows, mesh, terms, sent)
+    return sum(sizes), round(bound)
+
+
+def _alike(params: list[LayoutRow], mesh: Mesh, axes: tuple[str, ...]) -> list[list[LayoutRow]]:
+    """The leaves in groups: those whose collectives can't be told apart are in one."""
+    groups: list[tuple[set[tuple[int, ...]], list[LayoutRow]]] = []
+    for row in params:
+        keys = _keys(row, mesh, axes)
+        same = [group for group in groups if group[0] & keys]
+        groups = [group for group in groups if not group[0] & keys]
+        groups.append((keys.union(*(each for each, _ in same)), [*(other for _, rows in same for other in rows), row]))
+    return [rows for _, rows in groups]
+
+
+def _logical_bytes(one: Collective, row: LayoutRow | None, terms: Terms) -> int:
+    count = one.bytes_a_step
     if row is None:
         return count
     if one.kind == "all-reduce" and _split_over(row, one.axes) == one.axes:
@@ -159,11 +193,11 @@ def _logical_bytes(one: Collective, params: list[LayoutRow], mesh: Mesh, terms: 
     return count * min(width, one.array.width) // one.array.width
 
 
-def _bound(axes: tuple[str, ...], params: list[LayoutRow], mesh: Mesh, terms: Terms, sent: int) -> int:
-    """The fewest bytes over these axes: as many gathers as the program sends enough for, and the reductions."""
+def _bound(axes: tuple[str, ...], rows: list[LayoutRow], mesh: Mesh, terms: Terms, sent: int) -> float:
+    """The fewest bytes over these axes: as many gathers as are needed and the program sends, and the reductions."""
     gather = reduce = 0.0
     count = math.prod(mesh.shape[axis] for axis in axes)
-    for row in params:
+    for row in rows:
         split, trained = _split_over(row, axes), row.path not in terms.frozen
         part = math.prod(_shard(row, mesh, axes if split == axes else ())) * (count - 1) / count
         if split == axes:
@@ -172,4 +206,4 @@ def _bound(axes: tuple[str, ...], params: list[LayoutRow], mesh: Mesh, terms: Te
         elif not split:
             reduce += 2 * part * terms.gradient_width(row, axes) * trained
     gathers = round((sent - reduce) / gather) if gather else 0
-    return round(reduce + gather * min(max(gathers, 1), 2 * terms.num_microbatches))
+    return reduce + gather * max(need for need in terms.gathers if need <= max(gathers, 1))

@@ -110,8 +110,7 @@ def find_collectives(
                     continue
                 seen.add(channel)
             move = read_move(program, computation, one, mesh, slices)
-            crosses = bool((slices[move.groups] != slices[move.groups[:, :1]]).any())
-            found += _describe_move(program, one, move, mesh, times, is_apart or goes_on(one), crosses)
+            found += _describe_move(program, one, move, mesh, times=times, is_asynchronous=is_apart or goes_on(one))
     return tuple(found)
 
 
@@ -201,6 +200,7 @@ class Move(NamedTuple):
       axes: the mesh axes along which those of a group differ, though they may fill but a part of one.
       operands: what a device puts in.
       lies_in_zeros: whether it is a sum of parts in zeros.
+      crosses_slices: whether devices on different slices take part together.
     """
 
     kind: str
@@ -208,6 +208,7 @@ class Move(NamedTuple):
     axes: tuple[str, ...]
     operands: list[Operand]
     lies_in_zeros: bool
+    crosses_slices: bool
 
     @property
     def bytes(self) -> int:
@@ -223,11 +224,12 @@ def read_move(program: Program, computation: Computation, one: Instruction, mesh
     groups = groups_of(one, mesh, slices)
     operands = operands_of(program, computation, one)
     in_zeros = kind == "all-reduce" and lies_in_zeros(program, computation, one.operands)
-    return Move(kind, groups, axes_touched(groups, mesh), operands, in_zeros)
+    crosses = bool((slices[groups] != slices[groups[:, :1]]).any())
+    return Move(kind, groups, axes_touched(groups, mesh), operands, in_zeros, crosses)
 
 
 def _describe_move(
-    program: Program, one: Instruction, move: Move, mesh: Mesh, times: int | None, goes_on: bool, crosses: bool
+    program: Program, one: Instruction, move: Move, mesh: Mesh, *, times: int | None, is_asynchronous: bool
 ) -> Iterator[Collective]:
     size, axes = move.groups.shape[1], axes_of_groups(move.groups, mesh)
     if move.kind == "collective-permute":
@@ -241,9 +243,9 @@ def _describe_move(
             array=array,
             bytes=wire_bytes(move.kind, array.bytes, size),
             times=times,
-            is_asynchronous=goes_on,
+            is_asynchronous=is_asynchronous,
             lies_in_zeros=move.lies_in_zeros,
-            crosses_slices=crosses,
+            crosses_slices=move.crosses_slices,
             # What XLA joins has no name of its own.
             source=describe_source(frames or program.trace(maker)),
             operation=operation or operation_of(maker),
@@ -256,15 +258,24 @@ def wire_bytes(kind: str, count: int, size: int) -> int:
     >>> wire_bytes("all-reduce", 800, 8), wire_bytes("all-gather", 100, 8), wire_bytes("reduce-scatter", 800, 8)
     (1400, 700, 700)
     """
+    return round(parts_sent(kind, size) * count)
+
+
+def parts_sent(kind: str, size: int) -> float:
+    """Returns what a device sends of a collective of `size` devices, for each byte that it puts in: by a ring.
+
+    >>> parts_sent("all-reduce", 8), parts_sent("collective-permute", 8), parts_sent("all-reduce", 1)
+    (1.75, 1.0, 0.0)
+    """
     if size == 1:
-        return 0
-    factor = {
+        return 0.0
+    whole = {
         "all-reduce": 2 * (size - 1) / size,
-        "all-gather": size - 1,
-        "collective-permute": 1,
-        "collective-broadcast": 1,
-    }.get(kind, (size - 1) / size)
-    return round(factor * count)
+        "all-gather": size - 1.0,
+        "collective-permute": 1.0,
+        "collective-broadcast": 1.0,
+    }
+    return whole.get(kind, (size - 1) / size)
 
 
 def describe_source(frames: list[Frame]) -> str:

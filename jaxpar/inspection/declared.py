@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from jaxpar.inspection.collectives import parts_sent
 from jaxpar.inspection.flops import inner_jaxprs, live_equations, needed_inside
 
+# Those of jaxpar.mesh, which a reader of programs doesn't import.
 _BATCH_AXES = ("data", "fsdp", "expert")
-# Over an axis of n devices, what a device sends of the bytes that it puts in.
-_PARTS = {
-    "ppermute": lambda n: 1.0,
-    "all_to_all": lambda n: (n - 1) / n,
-    "ragged_all_to_all": lambda n: (n - 1) / n,
-    "all_gather": lambda n: n - 1.0,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "psum": lambda n: 2 * (n - 1) / n,
+# What XLA calls what a jaxpr calls so.
+_KINDS = {
+    "ppermute": "collective-permute",
+    "all_to_all": "all-to-all",
+    "ragged_all_to_all": "ragged-all-to-all",
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "psum": "all-reduce",
 }
 
 
@@ -67,7 +69,7 @@ def _exchanged(aval: Any, specs: tuple[Any, Any], sizes: Mapping[str, int], axis
         return 0.0
     named = {name for spec in specs for entry in spec for name in _axes_of(entry)} | {*_BATCH_AXES, axis}
     split = math.prod(size for name, size in sizes.items() if name in named and name not in manual)
-    return _PARTS["all_to_all"](sizes[axis]) * math.prod(aval.shape) * aval.dtype.itemsize / split
+    return parts_sent("all-to-all", sizes[axis]) * math.prod(aval.shape) * aval.dtype.itemsize / split
 
 
 def _axes_of(entry: Any) -> tuple[str, ...]:
@@ -79,9 +81,9 @@ def _axes_of(entry: Any) -> tuple[str, ...]:
 
 def _sent(eqn: Any, sizes: Mapping[str, int], axis: str, manual: frozenset[str]) -> float:
     """What a device sends by one equation over the axis, masks and counts left out."""
-    parts = next((part for name, part in _PARTS.items() if eqn.primitive.name.removesuffix("_invariant") == name), None)
+    kind = _KINDS.get(eqn.primitive.name.removesuffix("_invariant"))
     named = eqn.params.get("axis_name", eqn.params.get("axes", ()))
-    if parts is None or axis not in (named if isinstance(named, tuple) else (named,)):
+    if kind is None or axis not in (named if isinstance(named, tuple) else (named,)):
         return 0.0
     split_over = (*_BATCH_AXES, *(["model"] if axis == "context" else []))
     split = math.prod(size for other, size in sizes.items() if other in split_over and other not in manual)
@@ -91,4 +93,4 @@ def _sent(eqn: Any, sizes: Mapping[str, int], axis: str, manual: frozenset[str])
         avals = [min(avals[:2], key=lambda aval: math.prod(aval.shape))]
     floats = [aval for aval in avals if np.issubdtype(aval.dtype, np.inexact) or str(aval.dtype) == "bfloat16"]
     count = sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in floats if math.prod(aval.shape) > 1)
-    return parts(sizes[axis]) * count / split
+    return parts_sent(kind, sizes[axis]) * count / split

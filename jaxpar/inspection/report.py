@@ -20,7 +20,7 @@ from jaxpar.mesh import BATCH_AXES, count_shards
 from jaxpar.partition import axes_of
 from jaxpar.state import TrainState
 from jaxpar.step import Step
-from jaxpar.tables import Table, align, show, to_html
+from jaxpar.tables import Table, align, name_axes, show, to_html
 from jaxpar.targets import target_of
 
 _ISLANDS = ("stage", "context", "expert")
@@ -76,6 +76,11 @@ class Inspection:
         return tuple(sorted((row for row in self.rows if row.note), key=lambda row: -row.bytes_per_device))
 
     @property
+    def fits(self) -> bool:
+        """Whether a device of a target holds what a step takes; true where the devices are here."""
+        return self.hbm_bytes is None or self.peak_bytes <= self.hbm_bytes
+
+    @property
     def flops(self) -> int:
         """Floating-point operations of all matrix products in a step, over all devices."""
         return sum(one.flops for one in self.products)
@@ -94,6 +99,7 @@ class Inspection:
             "mesh": dict(self.mesh.shape),
             **{f"{name}_bytes": getattr(self, f"{name}_bytes") for name in names},
             "hbm_bytes": self.hbm_bytes,
+            "fits": self.fits,
             "left_whole": [
                 {"path": row.path, "bytes": row.bytes_per_device, "why": row.note} for row in self.left_whole
             ],
@@ -112,7 +118,7 @@ class Inspection:
             lines += ["left whole:"] + [
                 f"  {row.path}  {format_bytes(row.bytes_per_device)}  {row.note}" for row in self.left_whole[:8]
             ]
-        lines += ["", *align(Table(_TRAFFIC, self._traffic_rows()))]
+        lines += ["", *align(Table(_TRAFFIC, self._traffic_rows())), *self._legend()]
         lines += ["", *align(Table(_COLLECTIVES, self._collective_rows()))]
         lines += self._ambiguous()
         lines += [f"no rule explains: {_describe(one)}" for one in self.unexplained[:8]]
@@ -135,7 +141,7 @@ class Inspection:
                 Table(("no rule explains",), [(_describe(one),) for one in self.unexplained[:8]]),
                 Table(_PRODUCTS, self._product_rows()),
             ),
-            self._ambiguous(),
+            [*self._legend(), *self._ambiguous()],
         )
 
     def _repr_html_(self) -> str:
@@ -144,12 +150,22 @@ class Inspection:
     def _ambiguous(self) -> list[str]:
         """What may send less than its text says."""
         return [
-            f"ambiguous: XLA writes some gathers over {_over(row.axes)} as sums of parts in zeros, which send twice as "
-            f"much. As written a device sends {format_bytes(row.bytes)} of {row.purpose} in a step; "
+            f"ambiguous: XLA writes some gathers over {name_axes(row.axes)} as sums of parts in zeros, which send "
+            f"twice as much. As written a device sends {format_bytes(row.bytes)} of {row.purpose} in a step; "
             f"{format_bytes(row.if_gathered)} if the chip gathers."
             for row in self.traffic
             if row.if_gathered < 0.99 * row.bytes
         ]
+
+    def _legend(self) -> list[str]:
+        """What the table of traffic doesn't say by itself."""
+        notes = ["at least: the fewest bytes that the layout allows; -: nothing declares them"]
+        if any(_differ(row) for row in self.traffic):
+            notes.append(
+                "(in parentheses): what remains if gathers are sent in the dtype that is computed in, and of a sum "
+                "only the part that is kept, as accelerators may and XLA on CPU doesn't; the ratio is theirs"
+            )
+        return notes if self.traffic else []
 
     def _memory_rows(self) -> list[tuple[str, ...]]:
         share = self.param_bytes + self.optimizer_bytes
@@ -164,16 +180,15 @@ class Inspection:
     def _describe_peak(self) -> str:
         if self.hbm_bytes is None:
             return format_bytes(self.peak_bytes)
-        verdict = "fits" if self.peak_bytes <= self.hbm_bytes else "does NOT fit"
+        verdict = "fits" if self.fits else "does NOT fit"
         return f"{format_bytes(self.peak_bytes)} of {format_bytes(self.hbm_bytes)}: {verdict}"
 
     def _traffic_rows(self) -> list[tuple[str, ...]]:
         return [
             (
                 row.purpose,
-                _over(row.axes),
-                format_bytes(row.bytes)
-                + (f" ({format_bytes(row.logical_bytes)})" if row.logical_bytes != row.bytes else ""),
+                name_axes(row.axes),
+                format_bytes(row.bytes) + (f" ({format_bytes(row.logical_bytes)})" if _differ(row) else ""),
                 "-" if row.bound is None else format_bytes(row.bound),
                 "-" if not row.bound else f"{row.logical_bytes / row.bound:.2f}",
             )
@@ -186,7 +201,7 @@ class Inspection:
             slow = "across slices" if one.crosses_slices else ""
             how = ", ".join(filter(None, ("asynchronous" if one.is_asynchronous else "", slow)))
             times = "unknown" if one.times is None else str(one.times)
-            key = (one.kind, _over(one.axes), times, how, one.source or one.operation)
+            key = (one.kind, name_axes(one.axes), times, how, one.source or one.operation)
             grouped[key] = grouped.get(key, 0) + one.bytes_a_step
         largest = sorted(grouped.items(), key=lambda item: -item[1])[:20]
         return [(kind, axes, format_bytes(size), *rest) for (kind, axes, *rest), size in largest]
@@ -241,8 +256,10 @@ def inspect(
     rows = [row for layout in layouts for row in layout.rows]
     size = lambda prefix: sum(row.bytes_per_device for row in rows if row.path.startswith(prefix))
     collectives = find_collectives(read_program(program.text), mesh, slice_of=slice_of)
+    is_eval = isinstance(train_step, EvalStep)
     terms = Terms(
-        frozenset(row.path for row in rows if step is not train_step).union(*(one.static.frozen for one in states)),
+        frozenset(row.path for row in rows if is_eval).union(*(one.static.frozen for one in states)),
+        not is_eval,
         step.compute_dtype,
         step.num_microbatches,
         tuple(axis for layout in layouts for axis in strategy.train_axes(layout, step.num_microbatches)),
@@ -312,13 +329,14 @@ def _partial_sums(jaxpr: Any, state: Any, rows: list[LayoutRow], mesh: Mesh) -> 
     return found | {axis: count for axis, count in declared.items() if count}
 
 
-def _over(axes: tuple[str, ...]) -> str:
-    return " x ".join(axes) or "no axis"
+def _differ(row: Traffic) -> bool:
+    """Whether a reader would see a difference."""
+    return format_bytes(row.logical_bytes) != format_bytes(row.bytes)
 
 
 def _describe(one: Collective) -> str:
     times = "" if one.times == 1 else f", {'an unknown number of' if one.times is None else one.times} times"
     return (
-        f"{one.kind} over {_over(one.axes)} of {one.array.dtype}{list(one.array.dims)} at "
+        f"{one.kind} over {name_axes(one.axes)} of {one.array.dtype}{list(one.array.dims)} at "
         f"{one.source or one.operation}, {format_bytes(one.bytes_a_step)} a step{times}"
     )
