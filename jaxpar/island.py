@@ -61,7 +61,7 @@ def automatic_axes() -> tuple[str, ...]:
 
     >>> import jaxpar
     >>> with jax.set_mesh(jaxpar.make_mesh(data=2, model=4)):
-    ...     automatic_axes(), jax.vmap(lambda x: len(automatic_axes()), axis_name="data")(np.ones(3))
+    ...     automatic_axes(), jax.vmap(lambda x: len(automatic_axes()), axis_name="data")(jax.numpy.ones(3))
     (('data', 'model'), Array([1, 1, 1], dtype=int32...))
     """
     mesh = current_mesh()
