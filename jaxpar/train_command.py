@@ -5,7 +5,9 @@ import contextlib
 import functools
 import math
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +55,9 @@ def train(options: argparse.Namespace) -> int:
     _check_alone()
     job = _prepare(options)
     rows: list[train_report.Row] = []
-    with train_report.open_log(options.out) as write_log:
+    with train_report.open_log(options.out) as write_log, warnings.catch_warnings():
+        # Where in jaxpar's code it is that warns, with a line of it, helps no one here.
+        warnings.showwarning = lambda message, *_: print(f"jaxpar: {' '.join(str(message).split())}", file=sys.stderr)
         _announce(console, job)
         try:
             state = _run_steps(job, [rows.append, train_report.print_tenths(console, options.steps), write_log])

@@ -295,6 +295,20 @@ def test_a_loss_that_is_no_number_ends_the_run_with_code_1(here, capsys, monkeyp
     assert "The loss is nan at step 1; try a lower --learning-rate." in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("default::jaxpar.CheckpointWarning")
+def test_a_checkpoint_that_is_passed_over_is_told_in_one_plain_line(here, capsys):
+    run = [*SMALL, "--text", "long", "--checkpoint", "run", "--checkpoint-every", "1"]
+    assert main(run) == 0
+    (here / "run" / "3" / "more").touch()
+    capsys.readouterr()
+    assert main(run) == 0
+    told = (
+        f"jaxpar: Checkpoint 3 must not be restored: {here / 'run' / '3' / 'more'} is not of the checkpoint; copy it "
+    )
+    told += "again from where it was whole, or delete its folder. An older one, 2, is taken.\n"
+    assert capsys.readouterr().err == told
+
+
 def test_an_interrupted_run_keeps_its_log(here, capsys, monkeypatch, untrained):
     def interrupt(*arguments):
         raise KeyboardInterrupt
