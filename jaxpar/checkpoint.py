@@ -139,8 +139,8 @@ class Checkpoints:
             return []
         except OSError as error:
             raise CheckpointError(
-                f"The checkpoint folder {self.directory} can't be read: {error.strerror}. Give one that this user may "
-                "read."
+                f"The checkpoint folder {self.directory} can't be read: {error.strerror}. Give a folder that this user "
+                "may read."
             ) from error
 
     def save(self, state: Any, *, step: int | None = None, data: Any = None, force: bool = False) -> bool:

@@ -64,9 +64,9 @@ def train(options: argparse.Namespace) -> int:
         except jaxpar.CheckpointError as error:
             raise UsageError(f"--checkpoint {options.checkpoint}: {error}") from error
         except jaxpar.FitError as error:
-            last = rows[-1] if rows else {"loss": 0.0, "step": 0}
-            bad = f"The loss is {last['loss']} at step {last['step']}; try a lower --learning-rate."
-            console.print(str(error) if math.isfinite(last["loss"]) else bad)
+            # What else it advises is for a loop of one's own.
+            what, advice, _ = str(error).partition(" Try ")
+            console.print(f"{what} Try a lower --learning-rate." if advice else what)
             return 1
     if not rows:
         console.print(f"Step {options.steps} was reached before; give more --steps to go on.")

@@ -111,10 +111,7 @@ CELLS = [
     for kind in ("pmap", "data_model" if example.rules else ("fsdp", "data")[number % 2])
 ]
 # One in nine is fast: both views of a step, nnx and linen.
-MARKED = [
-    cell if number % 9 == 0 else pytest.param(*cell, marks=pytest.mark.slow)
-    for number, cell in enumerate(CELLS)
-]
+MARKED = [cell if number % 9 == 0 else pytest.param(*cell, marks=pytest.mark.slow) for number, cell in enumerate(CELLS)]
 
 
 def make_batches(example: Example) -> list[dict[str, np.ndarray]]:

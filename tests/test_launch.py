@@ -75,6 +75,8 @@ def test_output_is_prefixed_and_the_first_bad_end_ends_all(capfd):
     out, err = capfd.readouterr()
     assert "[0] hello 0" in out
     assert "jaxpar: process 0 ended with code 3; the others are ended too" in err
+    told = "jaxpar: process 0 ended with code 3, and all with it; what it said is above. Run the same command again"
+    assert err.splitlines()[-1].startswith(told)
 
 
 def test_output_of_any_kind_and_what_is_left_running_hold_nobody_up(capfd):
