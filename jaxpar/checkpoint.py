@@ -17,6 +17,7 @@ from jaxpar.failures import explained, hush_orbax, tell_cause
 from jaxpar.layout import format_bytes
 from jaxpar.manifest import (
     ManifestError,
+    NewerFormatError,
     check_manifest,
     has_manifest,
     list_files,
@@ -24,7 +25,7 @@ from jaxpar.manifest import (
     read_manifest,
     write_manifest,
 )
-from jaxpar.saved_files import BEFORE, REMEDY, check_files, read_content, remove, replace, step_of
+from jaxpar.saved_files import BEFORE, check_files, put_back, read_content, remove, replace, step_of
 from jaxpar.saved_leaves import (
     CheckpointError,
     abstract_leaf,
@@ -120,6 +121,7 @@ class Checkpoints:
         self._unfinished: int | None = None
         with explained(f"The checkpoint folder {self.directory} can't be made"):
             self.directory.mkdir(parents=True, exist_ok=True)
+        put_back(self.directory)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -137,8 +139,8 @@ class Checkpoints:
             return []
         except OSError as error:
             raise CheckpointError(
-                f"The checkpoint folder {self.directory} can't be read: {error.strerror}. Give one that this user may "
-                "read."
+                f"The checkpoint folder {self.directory} can't be read: {error.strerror}. Give a folder that this user "
+                "may read."
             ) from error
 
     def save(self, state: Any, *, step: int | None = None, data: Any = None, force: bool = False) -> bool:
@@ -201,7 +203,7 @@ class Checkpoints:
         if saving is not None and (failed := self._join(saving)) is not None:
             self._unfinished = saving.number
             raise CheckpointError(
-                f"A checkpoint in {self.directory} can't be written: {tell_cause(failed)}."
+                f"A checkpoint in {self.directory} can't be written: {tell_cause(failed)}"
             ) from failed
         # A folder that is only read from keeps what it has.
         if self._written and self.keep and jax.process_index() == 0:
@@ -226,14 +228,14 @@ class Checkpoints:
         try:
             return check_manifest(self._folder(step))
         except ManifestError as error:
-            raise CheckpointError(f"Checkpoint {step} must not be restored: {error}; {REMEDY}.") from error
+            raise CheckpointError(_told_of(step, error)) from error
 
     def restore(self, like: Any, *, step: int | None = None, verify: bool = True) -> Restored:
         """Returns the state of a checkpoint, laid out as another one is; that one's static part is kept.
 
         Args:
           like: a state, or what `strategy.abstract_state(init_fn)` gives: its leaves say what is needed and where.
-          step: which; by default the latest that is whole. Those passed over are told by a `CheckpointWarning`.
+          step: which; by default the latest that is whole. Damaged ones are passed over, with a `CheckpointWarning`.
           verify: whether to compare every file's digest first.
 
         Raises:
@@ -247,7 +249,7 @@ class Checkpoints:
         content, wanted = read_content(folder), leaves_of(like)
         check_leaves(content["leaves"], like, name)
         check_files(folder, wanted, sum(size_of(leaf) for leaf in wanted.values()))
-        with explained(f"{name} can't be read", f" Restore another one, or {REMEDY}."):
+        with explained(f"{name} can't be read", f" Restore another one, or {ManifestError.remedy}."):
             check_stored(_orbax().metadata(folder).metadata, content["leaves"], chosen)
             numbers = {path: abstract_leaf(leaf) for path, leaf in wanted.items() if leaf.size}
             loaded = check_loaded(_orbax().load(folder, numbers), numbers, name)
@@ -260,25 +262,21 @@ class Checkpoints:
 
     def _choose(self, step: int | None, verify: bool) -> int:
         """The step to restore: the one that is asked for, or the latest that is whole."""
-        check = self.verify if verify else lambda step: read_manifest(self._folder(step))
-        if step is not None:
-            try:
-                check(int(step))
-            except ManifestError as error:
-                raise CheckpointError(f"Checkpoint {step} must not be restored: {error}; {REMEDY}.") from error
-            except CheckpointError as error:
-                others = [other for other in self.steps if other != step]
-                raise CheckpointError(f"{error} Others in {self.directory} are {others or 'none'}.") from error
-            return int(step)
+        check = check_manifest if verify else read_manifest
         passed: list[str] = []
-        for candidate in reversed(self.steps):
+        for candidate in reversed(self.steps) if step is None else [int(step)]:
             try:
-                check(candidate)
-            except (CheckpointError, ManifestError) as error:
-                passed.append(str(error))
-                continue
+                check(self._folder(candidate))
+            except ManifestError as error:
+                # The run would go on before a newer one's steps, and write over them.
+                if step is None and not isinstance(error, NewerFormatError):
+                    passed.append(_told_of(candidate, error))
+                    continue
+                others = [other for other in self.steps if other != candidate]
+                told = f"{_told_of(candidate, error)} Others in {self.directory} are {others or 'none'}."
+                raise CheckpointError(told) from error
             for message in passed:
-                warnings.warn(f"{message} The one before it, {candidate}, is taken.", CheckpointWarning, stacklevel=4)
+                warnings.warn(f"{message} An older one, {candidate}, is taken.", CheckpointWarning, stacklevel=4)
             return candidate
         told = f": {' '.join(passed)}" if passed else "."
         raise CheckpointError(f"{self.directory} has no checkpoint that can be restored{told}")
@@ -326,6 +324,7 @@ class Checkpoints:
 
     def _clear_up(self) -> None:
         """Removes what a save that failed or was cut off has left: it takes room. Only the one that writes does so."""
+        put_back(self.directory)
         left = [path for end in (".orbax-checkpoint-tmp*", _NEW, BEFORE) for path in self.directory.glob(f"*{end}")]
         if self._unfinished is not None and not has_manifest(self._folder(self._unfinished)):
             left.append(self._folder(self._unfinished))
@@ -380,7 +379,11 @@ def describe_checkpoint(folder: pathlib.Path) -> dict[str, Any]:
     try:
         return {**content, "bytes": sum(size for _, size in list_files(folder)), "digest": read_digest(folder)}
     except ManifestError as error:
-        raise CheckpointError(f"{error}; {REMEDY}.") from error
+        raise CheckpointError(f"{error}; {error.remedy}.") from error
+
+
+def _told_of(step: int, error: ManifestError) -> str:
+    return f"Checkpoint {step} must not be restored: {error}; {error.remedy}."
 
 
 def _as_json(data: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from jaxpar.checkpoint import CheckpointError, describe_checkpoint
 from jaxpar.layout import format_bytes
 from jaxpar.manifest import ManifestError, check_manifest
-from jaxpar.saved_files import REMEDY, step_of, width_of
+from jaxpar.saved_files import step_of, width_of
 from jaxpar.tables import Table, align
 from jaxpar.usage import UsageError
 
@@ -45,7 +45,7 @@ def _describe(folder: pathlib.Path, verify: bool) -> dict[str, Any]:
     except CheckpointError as error:
         return {"step": int(folder.name), "error": str(error).rstrip(".")}
     except ManifestError as error:
-        return {"step": int(folder.name), "error": f"{error}; {REMEDY}"}
+        return {"step": int(folder.name), "error": f"{error}; {error.remedy}"}
     size = sum(math.prod(shape) * width_of(dtype) for shape, dtype in told["leaves"].values())
     return {
         "step": int(folder.name),

@@ -1,5 +1,6 @@
 """Joining many processes into one program: who is the first, who am I; changes with `jax.distributed`."""
 
+import contextlib
 import os
 import re
 import sys
@@ -150,7 +151,13 @@ def _end_with(launcher: int) -> None:
         try:
             os.kill(launcher, 0)
         except OSError:
-            print(f"jaxpar: the launcher, process {launcher}, is gone: this one ends too.", file=sys.stderr, flush=True)
+            # Its end of the pipe may be gone with it.
+            with contextlib.suppress(OSError):
+                print(
+                    f"jaxpar: the launcher, process {launcher}, is gone: this one ends too.",
+                    file=sys.stderr,
+                    flush=True,
+                )
             os._exit(1)
         time.sleep(1)
 

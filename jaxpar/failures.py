@@ -26,11 +26,16 @@ _NEXT_STEP = {
 
 
 def tell_cause(error: Exception) -> str:
-    """Returns an error's cause in a line, with what to do about it where the system names it.
+    """Returns an error's cause in a sentence, with what to do about it where the system names it.
 
     >>> tell_cause(ValueError("Failed to write 4 bytes to file 17: No space left on device [os_error_code='28']"))
-    'No space left on device; make room, or keep fewer'
+    'No space left on device; make room, or keep fewer.'
     """
+    told = _tell(error)
+    return told if told.endswith((".", "?")) else f"{told}."
+
+
+def _tell(error: Exception) -> str:
     if isinstance(error, ManifestError | CheckpointError):
         return str(error)
     # TensorStore tells the system's number in its text.
@@ -49,7 +54,7 @@ def explained(what: str, then: str = "") -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{what}: {tell_cause(error)}.{then}") from error
+        raise CheckpointError(f"{what}: {tell_cause(error)}{then}") from error
 
 
 def hush_orbax() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
@@ -65,7 +66,7 @@ def fit(
         What an evaluation gives comes as `eval`, or `eval/` and its names: of a loss function `eval/loss` and so on.
       nonfinite: what to do when a loss is no number: stop, or go back to the latest checkpoint and on with the batches
         that follow, three times at most from each. To skip such updates instead, wrap the optimizer in
-        `optax.apply_if_finite`.
+        `optax.apply_if_finite`, which counts them: the run goes on for as long as the parameters are numbers.
       profile: `jaxpar.Profile(directory, first, last)`, the steps to trace.
       estimate: what `jaxpar.estimate` returned, or seconds: stands beside the measured step on the live line.
 
@@ -132,7 +133,7 @@ class _Run:
             state, metrics = options.train_step(state, batch)
             self.preemption.nothing_to_lose(False)
             number, place = number + 1, source.place()
-            failed = self._tell_late()
+            failed = self._tell_late(state)
             self.watch.after(number, state, metrics, batch)
             batch = None
             if number < options.steps and failed is None:
@@ -140,7 +141,7 @@ class _Run:
                 batch = self._draw(source, put, number, state, place)
             stop = self.preemption.asked()
             if failed is None and (stop or number == options.steps or self._is_due(number)):
-                failed = self._tell_late()
+                failed = self._tell_late(state)
                 if failed is None:
                     self._pause(state, number, place, stop)
             if failed is not None:
@@ -176,7 +177,7 @@ class _Run:
         try:
             return put(source.draw(number + 1 < self.options.steps))
         except BatchesEnded as ended:
-            failed, checkpoint = self._tell_late(), self.options.checkpoint
+            failed, checkpoint = self._tell_late(state), self.options.checkpoint
             if failed is not None:
                 raise FitError(
                     f"{_told_of_nan(failed)} {_told_of_end(ended, number, self.options.steps)}"
@@ -188,12 +189,12 @@ class _Run:
                     self._save(state, number, place)
             raise FitError(_told_of_end(ended, number, self.options.steps)) from ended.error
 
-    def _tell_late(self) -> tuple[int, dict[str, float]] | None:
-        """Tells of the step before, now that its metrics are here; returns it if it is no number."""
+    def _tell_late(self, state: TrainState) -> tuple[int, dict[str, float]] | None:
+        """Tells of the step before, now that its metrics are here; returns it if it is no number and wasn't skipped."""
         told = self.watch.catch_up()
         if told is None or all(math.isfinite(told[1][name]) for name in ("loss", "grad_norm") if name in told[1]):
             return None
-        return told
+        return None if _is_skipped(told[1], state) else told
 
     def _is_due(self, number: int) -> bool:
         return self.options.checkpoint is not None and number % self.options.checkpoint.every == 0
@@ -263,6 +264,23 @@ def _named(found: Any) -> list[tuple[str, Any]]:
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict) and np.ndim(found[0]) == 0:
         found = {"loss": found[0], **found[1]}
     return named_leaves(found)
+
+
+def _is_skipped(values: dict[str, float], state: TrainState) -> bool:
+    """Whether a step that is no number changed nothing: under float16's scale, or `optax.apply_if_finite`.
+
+    The latter lets such updates through after as many as it was told.
+    """
+    if values.get("skipped") == 1 and math.isfinite(values["loss"]):
+        return True
+    counts = any(path.endswith("total_notfinite") for path, _ in named_leaves(state.opt_state))
+    return counts and bool(_all_finite(state.params))
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
 def _told_of_nan(failed: tuple[int, dict[str, float]]) -> str:

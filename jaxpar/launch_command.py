@@ -56,7 +56,7 @@ def launch(options: argparse.Namespace) -> int:
         number: signal.signal(number, _passer(processes)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     }
     try:
-        return _wait(processes)
+        failed = _wait(processes)
     finally:
         for one in processes:
             _signal(one, signal.SIGKILL)
@@ -65,6 +65,16 @@ def launch(options: argparse.Namespace) -> int:
             reader.join(2)
         for number, handler in before.items():
             signal.signal(number, handler)
+    if failed is None:
+        return 0
+    # Last, as the others' own words on it are many.
+    print(
+        f"jaxpar: process {failed} ended {_how(processes[failed])}, and all with it; what it said is above. Run the "
+        "same command again to go on from the latest checkpoint, if it saves any.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return _code_of(processes[failed])
 
 
 def _passer(processes: list[subprocess.Popen[bytes]]) -> signal.Handlers:
@@ -76,21 +86,31 @@ def _passer(processes: list[subprocess.Popen[bytes]]) -> signal.Handlers:
     return pass_on  # pyright: ignore[reportReturnType]
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Waits until all have ended, or one ended badly: then the others are asked to, and after a while made to."""
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    """Waits until all have ended, or one ended badly: then the others are asked to, and after a while made to.
+
+    Returns which it was, None where none did.
+    """
     while any(one.poll() is None for one in processes):
-        failed = next((index for index, one in enumerate(processes) if one.poll() not in (None, 0)), None)
-        if failed is not None:
-            code = processes[failed].returncode
-            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        if (failed := _find_failed(processes)) is not None:
+            how = _how(processes[failed])
             print(f"jaxpar: process {failed} ended {how}; the others are ended too", file=sys.stderr, flush=True)
-            if code == _ASKED:
+            if processes[failed].returncode == _ASKED:
                 # The others have agreed to stop at the same step; a second SIGTERM would end them before they save.
                 _wait_for(processes)
             _end(processes)
-            return _code_of(processes[failed])
+            return failed
         time.sleep(0.05)
-    return max(map(_code_of, processes))
+    return _find_failed(processes)
+
+
+def _find_failed(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    return next((index for index, one in enumerate(processes) if one.poll() not in (None, 0)), None)
+
+
+def _how(process: subprocess.Popen[bytes]) -> str:
+    code = process.returncode
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
 
 
 def _code_of(process: subprocess.Popen[bytes]) -> int:

@@ -20,7 +20,15 @@ _MOST_FOLDERS = 16
 
 
 class ManifestError(ValueError):
-    """A folder that isn't as its manifest says, or has none: the message names the file."""
+    """A folder that isn't as its manifest says, or has none: the message names the file, `remedy` says what to do."""
+
+    remedy = "copy it again from where it was whole, or delete its folder"
+
+
+class NewerFormatError(ManifestError):
+    """A manifest that a newer jaxpar wrote: all may be well with it."""
+
+    remedy = "upgrade jaxpar"
 
 
 def shown(name: object) -> str:
@@ -170,9 +178,8 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
     form = read.get("format") if isinstance(read, dict) else None
     if type(form) is int and form > _FORMAT:
         # Whatever else it holds may be of another structure.
-        raise ManifestError(
-            f"{shown(path)} was written by a newer jaxpar, in format {str(form)[:20]}; this one reads {_FORMAT}: "
-            "upgrade it"
+        raise NewerFormatError(
+            f"{shown(path)} was written by a newer jaxpar, in format {str(form)[:20]}, and this one reads {_FORMAT}"
         )
     is_file = lambda entry: isinstance(entry, list) and [type(part) for part in entry] == [int, str]
     files = read.get("files") if isinstance(read, dict) else None

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from jaxpar.manifest import NAME, ManifestError, list_files, read_json, read_manifest, shown
 from jaxpar.saved_leaves import CheckpointError
 
-# What to do about a checkpoint that must not be restored.
-REMEDY = "copy it again from where it was whole, or delete its folder"
 # One whose place a newer one takes, for as long as two renames last.
 BEFORE = ".jaxpar-before"
 # Of Orbax's own JSON, which lists each leaf, its parts and the devices that wrote it: for all, and for each leaf.
@@ -44,17 +42,20 @@ def read_content(folder: pathlib.Path) -> dict[str, Any]:
     try:
         content = read_manifest(folder)
     except ManifestError as error:
-        raise CheckpointError(f"{error}; {REMEDY}.") from error
+        raise CheckpointError(f"{error}; {error.remedy}.") from error
     path = shown(folder / NAME)
     leaves = content.get("leaves")
     if not isinstance(leaves, dict) or not all(map(_is_leaf, leaves.values())):
-        raise CheckpointError(f"The manifest {path} lists no leaves, each with its shape and dtype; {REMEDY}.")
+        raise CheckpointError(
+            f"The manifest {path} lists no leaves, each with its shape and dtype; {ManifestError.remedy}."
+        )
     for name, least in (("step", 0), ("devices", 1), ("processes", 1)):
         number = content.get(name)
         if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
             told = shown(repr(number)[:50])
             raise CheckpointError(
-                f"The manifest {path} tells {told} as {name}; a whole number from {least} is needed; {REMEDY}."
+                f"The manifest {path} tells {told} as {name}; a whole number from {least} is needed; "
+                f"{ManifestError.remedy}."
             )
     return {"data": None, **content}
 
@@ -78,7 +79,7 @@ def check_files(folder: pathlib.Path, leaves: dict[str, Any], size: int) -> None
             if path.name == _LEAVES:
                 _check_names(path, leaves, most)
     except ManifestError as error:
-        raise CheckpointError(f"{error}; {REMEDY}.") from error
+        raise CheckpointError(f"{error}; {error.remedy}.") from error
 
 
 def remove(path: pathlib.Path) -> None:
@@ -97,6 +98,16 @@ def replace(old: pathlib.Path, new: pathlib.Path) -> None:
     old.rename(before)
     new.rename(old)
     remove(before)
+
+
+def put_back(directory: pathlib.Path) -> None:
+    """Gives the older ones back the names that `replace` took from them, if it was killed before it gave them on."""
+    for before in directory.glob(f"*{BEFORE}"):
+        name = before.name.removesuffix(BEFORE)
+        # Where the folder can only be read, or another process was quicker, it stays as it is.
+        with contextlib.suppress(OSError):
+            if step_of(name) is not None and not (directory / name).exists():
+                before.rename(directory / name)
 
 
 def _check_names(path: pathlib.Path, leaves: dict[str, Any], most: int) -> None:

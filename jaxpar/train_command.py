@@ -5,7 +5,9 @@ import contextlib
 import functools
 import math
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,16 +55,18 @@ def train(options: argparse.Namespace) -> int:
     _check_alone()
     job = _prepare(options)
     rows: list[train_report.Row] = []
-    with train_report.open_log(options.out) as write_log:
+    with train_report.open_log(options.out) as write_log, warnings.catch_warnings():
+        # Where in jaxpar's code it is that warns, with a line of it, helps no one here.
+        warnings.showwarning = lambda message, *_: print(f"jaxpar: {' '.join(str(message).split())}", file=sys.stderr)
         _announce(console, job)
         try:
             state = _run_steps(job, [rows.append, train_report.print_tenths(console, options.steps), write_log])
         except jaxpar.CheckpointError as error:
             raise UsageError(f"--checkpoint {options.checkpoint}: {error}") from error
         except jaxpar.FitError as error:
-            last = rows[-1] if rows else {"loss": 0.0, "step": 0}
-            bad = f"The loss is {last['loss']} at step {last['step']}; try a lower --learning-rate."
-            console.print(str(error) if math.isfinite(last["loss"]) else bad)
+            # What else it advises is for a loop of one's own.
+            what, advice, _ = str(error).partition(" Try ")
+            console.print(f"{what} Try a lower --learning-rate." if advice else what)
             return 1
     if not rows:
         console.print(f"Step {options.steps} was reached before; give more --steps to go on.")

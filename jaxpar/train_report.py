@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -45,11 +46,13 @@ def print_layout(console: Console, strategy: Strategy, layout: Layout) -> None:
 
 
 def print_tenths(console: Console, num_steps: int) -> Callable[[Row], None]:
-    """Returns `show(row)`, which prints a line for each tenth of the steps, but where fit's live line tells of all."""
+    """Returns `show(row)`, which prints the first row and each tenth of the steps, unless fit's live line tells all."""
     if console.is_terminal and is_live():
         return lambda row: None
-    marks = {math.ceil(num_steps * tenth / 10) for tenth in range(11)} | {1}
-    return lambda row: console.print(_as_line(row)) if row["step"] in marks else None
+    marks = {math.ceil(num_steps * tenth / 10) for tenth in range(11)}
+    # The first row tells where a run goes on, too.
+    rows = itertools.count()
+    return lambda row: console.print(_as_line(row)) if not next(rows) or row["step"] in marks else None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 from models import sub_mesh
 from orbax.checkpoint import v1
-from orbax.checkpoint.experimental.v1._src.context.context import get_context
 
 import jaxpar
 from jaxpar import checkpoint as checkpoint_module
@@ -198,7 +197,7 @@ def test_of_damaged_ones_the_one_before_is_taken_and_named(saved, tmp_path, seed
     path.write_bytes(data)
     strategy, _ = start("fsdp")
     with Checkpoints(folder, every=1) as checkpoints:
-        with pytest.warns(CheckpointWarning, match=r"2 .*The one before it, 1, is taken"):
+        with pytest.warns(CheckpointWarning, match=r"2 .*or delete its folder\. An older one, 1, is taken"):
             assert checkpoints.restore(strategy.abstract_state(init_fn)).step == 1
         with pytest.raises(CheckpointError, match=r"Checkpoint 2 .*Others in .* are \[1"):
             checkpoints.restore(strategy.abstract_state(init_fn), step=2)
@@ -229,7 +228,10 @@ def test_a_save_that_was_cut_off_is_passed_over_and_written_anew(saved, tmp_path
         ),
         (lambda told: told["content"]["leaves"].update(step=[[], "float32"]), r"has 'step' as \(\) float32, but"),
         (lambda told: told["content"]["leaves"].update(step=3), "lists no leaves"),
-        (lambda told: told.update(format=9), "written by a newer jaxpar, in format 9; this one reads 1: upgrade it"),
+        (
+            lambda told: told.update(format=9),
+            r"by a newer jaxpar, in format 9, and this one reads 1; upgrade jaxpar\. Others .* \[1",
+        ),
         (lambda told: told.update(format=9, files=[]), "written by a newer jaxpar, in format 9"),
         (lambda told: told.update(format=0), "has format 0; this jaxpar reads 1"),
         (lambda told: told.update(files=[]), "is damaged"),
@@ -399,19 +401,54 @@ def test_what_a_save_in_anothers_place_has_left_is_removed_by_the_next(saved, tm
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
 
 
+def test_a_kill_between_the_two_renames_of_a_save_anew_loses_nothing(saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    cut_off = lambda: (folder / "2").rename(folder / "2.jaxpar-before")
+    cut_off()
+    shutil.copytree(folder / "1", folder / "2.jaxpar-new")
+    (folder / ".jaxpar-before").mkdir()
+    strategy, _ = start("fsdp")
+    with Checkpoints(folder, every=1) as checkpoints:
+        assert checkpoints.restore(strategy.abstract_state(init_fn)).step == 2
+        cut_off()
+        checkpoints.save({"w": jnp.ones(4)}, step=3)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 2, 3]
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
+
+
+def test_of_several_damaged_ones_each_is_told_with_what_is_taken_in_the_end(saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    for step in (3, 4):
+        shutil.copytree(folder / "2", folder / str(step))
+        (folder / str(step) / "more").touch()
+    strategy, _ = start("fsdp")
+    with Checkpoints(folder, every=1) as checkpoints, pytest.warns(CheckpointWarning) as told:
+        assert checkpoints.restore(strategy.abstract_state(init_fn)).step == 2
+    messages = [str(warning.message) for warning in told]
+    assert [message.split()[1] for message in messages] == ["4", "3"]
+    assert all(message.endswith("An older one, 2, is taken.") for message in messages)
+
+
+def test_a_newer_jaxpars_checkpoint_is_not_passed_over_for_an_older_one(saved, tmp_path):
+    folder = copy_of(saved, tmp_path)
+    path = folder / "2" / NAME
+    path.write_text(json.dumps({"format": 2}))
+    strategy, _ = start("fsdp")
+    with Checkpoints(folder, every=1) as checkpoints, pytest.raises(CheckpointError, match=r"2 .*; upgrade jaxpar\."):
+        checkpoints.restore(strategy.abstract_state(init_fn))
+    with pytest.raises(CheckpointError, match=r"this one reads 1; upgrade jaxpar\.$"):
+        describe_checkpoint(folder / "2")
+
+
 def test_a_process_waits_for_others_longer_the_more_they_write(tmp_path, monkeypatch, capfd):
-    found = []
-    save_async = v1.save_async
-
-    def note(*given, **more):
-        found.append(get_context().async_options.timeout_secs)
-        return save_async(*given, **more)
-
-    monkeypatch.setattr(v1, "save_async", note)
+    made = []
+    make = v1.Context
+    monkeypatch.setattr(v1, "Context", lambda: made.append(make()) or made[-1])
     monkeypatch.setattr(checkpoint_module, "_BYTES_A_SECOND", 1024)
     with Checkpoints(tmp_path, every=1) as checkpoints:
         for size in (1, 2**10, 2**20):
             checkpoints.save({"w": jnp.zeros(size)}, step=1)
-    assert found == [120, 124, 1200]
+    assert [context.async_options.timeout_secs for context in made] == [120, 124, 1200]
     # Orbax would warn at each save of options that it takes no more.
     assert "deprecated" not in capfd.readouterr().err

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.dynamic_scale import DynamicScale
 from models import sub_mesh
 from rich.console import Console
 
@@ -194,17 +195,36 @@ def test_a_run_goes_back_and_on_with_the_batches_that_follow(step, tmp_path):
     assert told[-1] == (5, True)
 
 
-def test_an_optimizer_that_skips_such_steps_needs_nothing_of_fit():
+@pytest.mark.parametrize("nonfinite", ["stop", "roll back"])
+def test_a_run_goes_on_where_the_optimizer_skips_such_steps_and_ends_where_it_no_longer_does(tmp_path, nonfinite):
     init = lambda rng: jaxpar.TrainState.create(
-        nnx.Linear(4, 4, rngs=nnx.Rngs(rng)), optax.apply_if_finite(optax.sgd(0.1), max_consecutive_errors=3)
+        nnx.Linear(4, 4, rngs=nnx.Rngs(rng)), optax.apply_if_finite(optax.sgd(0.1), max_consecutive_errors=1)
     )
     step = jaxpar.make_train_step(loss_fn, jaxpar.sharded(sub_mesh(data=2)))
-    state = step.strategy.init(init, jax.random.key(0))
-    for number in range(3):
-        batch = {"x": draw(number)["x"] * (np.nan if number == 1 else 1)}
-        state, _ = step(state, step.strategy.shard_batch(batch))
-    assert int(state.opt_state.total_notfinite) == 1
+    begin = lambda: step.strategy.init(init, jax.random.key(0))
+    with jaxpar.Checkpoints(tmp_path / "one", every=1) as checkpoints:
+        state = jaxpar.fit(step, begin(), spoil(2), steps=5, checkpoint=checkpoints, nonfinite=nonfinite)
+    assert (int(state.step), int(state.opt_state.total_notfinite)) == (5, 1)
     assert np.isfinite(np.asarray(state.params["kernel"])).all()
+    always = lambda step: ({"x": draw(0)["x"] * np.nan} for _ in itertools.count())
+    with pytest.raises(FitError, match="gave loss nan"):
+        jaxpar.fit(step, begin(), always, steps=9)
+
+
+def test_a_run_goes_on_where_float16_overflows():
+    strategy = jaxpar.sharded(sub_mesh(data=2))
+    scale = lambda: DynamicScale(growth_interval=10**6, scale=jnp.float32(2.0**30))
+    init = lambda rng: jaxpar.TrainState.create(
+        nnx.Linear(4, 4, rngs=nnx.Rngs(rng)), optax.sgd(0.1), dynamic_scale=scale()
+    )
+    step = jaxpar.make_train_step(loss_fn, strategy, compute_dtype=jnp.float16)
+    skipped = []
+    batches = lambda step: ({"x": draw(number)["x"].astype("f2")} for number in itertools.count(step))
+    tell = lambda number, metrics: skipped.append(metrics["skipped"])
+    state = jaxpar.fit(step, strategy.init(init, jax.random.key(0)), batches, steps=40, on_step=tell)
+    assert int(state.step) == 40
+    assert skipped[0] == 1
+    assert skipped[-1] == 0
 
 
 def test_a_save_that_fails_is_told_and_the_run_goes_on(step, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ GIB = 2**30
 SLACK = 2**27
 ORBAX = ["_CHECKPOINT_METADATA", "state/_METADATA", "state/_sharding", "state/array_metadatas/process_0"]
 OTHERS = ["commit_success.txt", "orbax.checkpoint", "state/manifest.ocdbt", "state/ocdbt.process_0/manifest.ocdbt"]
-REMEDIES = ("copy it again", "delete its folder", "estore another", "Is it of another model", "read by this user")
+REMEDIES = ("copy it again", "delete its folder", "estore another", "Is it of another model", "upgrade jaxpar")
 
 # What Orbax leaves of a load that fails halfway: a coroutine that nobody waits for.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

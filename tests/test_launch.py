@@ -75,6 +75,8 @@ def test_output_is_prefixed_and_the_first_bad_end_ends_all(capfd):
     out, err = capfd.readouterr()
     assert "[0] hello 0" in out
     assert "jaxpar: process 0 ended with code 3; the others are ended too" in err
+    told = "jaxpar: process 0 ended with code 3, and all with it; what it said is above. Run the same command again"
+    assert err.splitlines()[-1].startswith(told)
 
 
 def test_output_of_any_kind_and_what_is_left_running_hold_nobody_up(capfd):
@@ -298,10 +300,12 @@ def test_a_launcher_that_is_killed_leaves_nothing_behind(tmp_path):
         wait_for(process, "[0] 3")
         process.kill()
         process.wait(30)
-    time.sleep(3)
-    last = len(log_of(tmp_path))
-    time.sleep(2)
-    assert len(log_of(tmp_path)) == last
+    # Their command tells the folder.
+    left = lambda: subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False).stdout.split()
+    end = time.monotonic() + 15
+    while left() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left()
 
 
 @pytest.mark.slow

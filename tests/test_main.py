@@ -300,7 +300,19 @@ def test_elsewhere_there_is_a_line_for_each_tenth(here, capsys, untrained):
 def test_a_loss_that_is_no_number_ends_the_run_with_code_1(here, capsys, monkeypatch):
     monkeypatch.setattr(train_command, "loss_fn", lambda model, batch, rng: (model(batch["x"]).mean() * np.nan, {}))
     assert main([*SMALL, "--text", "long"]) == 1
-    assert "The loss is nan at step 1; try a lower --learning-rate." in capsys.readouterr().out
+    assert "Step 1 gave loss nan, grad_norm nan. Try a lower --learning-rate.\n" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("default::jaxpar.CheckpointWarning")
+def test_a_checkpoint_that_is_passed_over_is_told_in_one_plain_line(here, capsys):
+    run = [*SMALL, "--text", "long", "--checkpoint", "run", "--checkpoint-every", "1"]
+    assert main(run) == 0
+    (here / "run" / "3" / "more").touch()
+    capsys.readouterr()
+    assert main(run) == 0
+    out, err = capsys.readouterr()
+    assert "\nstep 3  loss" in out
+    assert re.fullmatch(r"jaxpar: Checkpoint 3 must not .*/run/3/more is not .* An older one, 2, is taken\.\n", err)
 
 
 def test_an_interrupted_run_keeps_its_log(here, capsys, monkeypatch, untrained):
