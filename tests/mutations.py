@@ -1369,8 +1369,8 @@ MUTATIONS += [
     Mutation(
         "a loss that is no number is saved",
         "fit.py",
-        "                failed = self._tell_late()\n                if failed is None:",
-        "                self._tell_late()\n                if failed is None:",
+        "                failed = self._tell_late(state)\n                if failed is None:",
+        "                self._tell_late(state)\n                if failed is None:",
         FIT + "a_loss_that_is_no_number_stops_the_run_and_is_not_saved",
     ),
 ]
