@@ -104,6 +104,11 @@ def load(source: Any, strategy: Strategy, *, batch_size: int, seed: int = 0, epo
             raise DataError(f"{name} is {number!r}; give a whole number, 1 or more.")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise DataError(f"seed is {seed!r}; give a whole number from 0 to {2**32 - 1}.")
+    if not hasattr(strategy, "data_shard"):
+        raise DataError(
+            f"strategy is a {type(strategy).__name__}; give what jaxpar.sharded(mesh, ...) or jaxpar.data_parallel() "
+            "returns."
+        )
     index, parts = strategy.data_shard()
     unit = math.lcm(strategy.num_shards, parts)
     if batch_size % unit:
@@ -118,7 +123,10 @@ def load(source: Any, strategy: Strategy, *, batch_size: int, seed: int = 0, epo
     if not len(source):
         raise DataError("source has no example.")
     if not isinstance(source[0], Mapping):
-        raise DataError(f"An example is a {type(source[0]).__name__}; give dicts of arrays, as {{'x': x, 'y': y}}.")
+        raise DataError(
+            f"An example is a {type(source[0]).__name__}; give dicts of arrays, as {{'x': x, 'y': y}}; of a text file "
+            "or folder, jaxpar.data.TextWindows(path, length=...)."
+        )
     _grain()
     return Batches(source, int(batch_size), int(seed), epochs, (index, parts))
 

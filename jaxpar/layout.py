@@ -13,9 +13,9 @@ from jaxpar.partition import Leaf, Match, PartitionError, Rules, axes_of, match_
 from jaxpar.state import TrainState, is_key, named_leaves
 
 _MUST_SPLIT = {
-    "model": "would all do the same work; add jaxpar.MEGATRON, or rules that name it",
-    "fsdp": "would each hold the same whole state; add jaxpar.FSDP, or rules that name it",
-    "stage": "would all do the same work; add jaxpar.PIPELINE, or rules that name it",
+    "model": ("would all do the same work", "jaxpar.MEGATRON"),
+    "fsdp": ("would each hold the same whole state", "jaxpar.FSDP"),
+    "stage": ("would all do the same work", "jaxpar.PIPELINE"),
 }
 
 
@@ -173,12 +173,16 @@ def _note_maker(row: LayoutRow, maker: str | None) -> LayoutRow:
 
 def _check_axes_split(rows: Sequence[LayoutRow], mesh: Mesh) -> None:
     split = {axis for row in rows for axis in axes_of(row.spec)}
-    for axis, consequence in _MUST_SPLIT.items():
+    for axis, (consequence, rules) in _MUST_SPLIT.items():
         size = mesh.shape.get(axis, 1)
         if size > 1 and axis not in split:
+            told = f"Mesh axis {axis!r} of size {size} splits no leaf: {size} devices {consequence}"
+            # Where rules for it are given, to add them is no advice.
+            left = [row for row in rows if row.path.startswith("params/") and f"over {axis!r}" in row.note]
+            why = f". The rules leave {left[0].path!r} {left[0].note}. Name its layer" if left else f"; add {rules}"
             raise PartitionError(
-                f"Mesh axis {axis!r} of size {size} splits no leaf: {size} devices {consequence}, or give "
-                f"its devices to another axis, as make_mesh(data={mesh.size})."
+                f"{told}{why}, or {'give ' * bool(left)}rules that name {axis!r}, or give its devices to another axis, "
+                f"as make_mesh(data={mesh.size})."
             )
 
 

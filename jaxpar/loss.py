@@ -47,7 +47,8 @@ def read_loss(result: Any) -> tuple[Any, Mapping[str, Any], Mapping[str, Any] | 
     loss, metrics, updates = (*parts, None) if len(parts) == 2 else parts
     if not isinstance(metrics, Mapping):
         raise LossError(
-            f"loss_fn returned metrics of type {type(metrics).__name__}; give a dict of names to values, {{}} for none."
+            f"loss_fn returned metrics of type {type(metrics).__name__}; give a dict of names to values, {{}} for "
+            "none, after the loss."
         )
     odd = [name for name in metrics if not isinstance(name, str)]
     if odd:

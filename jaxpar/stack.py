@@ -31,6 +31,12 @@ class Part(NamedTuple):
     leaves: list[Any]
 
 
+_HOW_TO_STACK = (
+    "Equal layers are a stack, each leaf with a leading dim of layers: "
+    "nnx.split_rngs(splits=4)(nnx.vmap(lambda rngs: Block(rngs)))(rngs)."
+)
+
+
 def as_part(part: Any) -> Part:
     """Returns an nnx module, or a function and its parameters, as a function of plain leaves.
 
@@ -38,7 +44,9 @@ def as_part(part: Any) -> Part:
     """
     fn, node = part if isinstance(part, tuple) and len(part) == 2 else (None, part)
     if (fn is None and not isinstance(node, nnx.Module)) or not (fn is None or callable(fn)):
-        raise PipelineError(f"A part of the model is a {type(part).__name__}; give an nnx module, or (fn, params).")
+        raise PipelineError(
+            f"A part of the model is a {type(part).__name__}; give an nnx module, or (fn, params). {_HOW_TO_STACK}"
+        )
     is_module = lambda leaf: isinstance(leaf, nnx.Module)
     if not any(map(is_module, jax.tree.leaves(node, is_leaf=is_module))):
         check_leaves(node, "params")
@@ -217,7 +225,8 @@ def check_layers(run: Part, x: Any, more: Any, stages: int) -> Trace:
     counts = {shape[:1] for shape in shapes}
     if len(counts) != 1 or counts == {()}:
         raise PipelineError(
-            f"The blocks have leaves of shapes {shapes}; a stack's leaves share a leading dim of layers."
+            f"The blocks have leaves of shapes {shapes}; a stack's leaves share a leading dim of layers. "
+            f"{_HOW_TO_STACK}"
         )
     ((layers,),) = counts
     if not layers:
@@ -245,7 +254,9 @@ def check_layers(run: Part, x: Any, more: Any, stages: int) -> Trace:
         ) from error
     made = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), traced.shapes)
     if made != given:
-        raise PipelineError(f"A layer turns x from {given} into {made}; the next one needs it as it was.")
+        raise PipelineError(
+            f"A layer turns x from {given} into {made}; the next one needs it as it was. {_HOW_TO_STACK}"
+        )
     return traced
 
 

@@ -106,6 +106,7 @@ def test_a_run_goes_on_with_its_data(tmp_path):
         ({"source": {"x": np.float32(1)}}, "arrays of {'x': None} rows"),
         ({"source": []}, "source has no example"),
         ({"source": [1, 2]}, "An example is a int; give dicts of arrays"),
+        ({"source": "folder"}, r"An example is a str; .* of a text file or folder, jaxpar.data.TextWindows\(path"),
         ({"source": iter([])}, "source is a list_iterator; give what has a length"),
         ({"batch_size": 6}, "batch_size is 6, which does not divide by 4, .* give 8"),
         ({"batch_size": 0}, "batch_size is 0; give a whole number, 1 or more"),
@@ -117,6 +118,11 @@ def test_bad_data_is_named(changes, message):
     given = {"source": {"x": np.arange(8)}, "batch_size": 4, "seed": 0, "epochs": None, **changes}
     with pytest.raises(DataError, match=message):
         load(given.pop("source"), process(0, 1), **given)
+
+
+def test_a_mesh_in_the_place_of_a_strategy_is_named():
+    with pytest.raises(DataError, match=r"strategy is a Mesh; give what jaxpar\.sharded\(mesh"):
+        load({"x": np.arange(8)}, jaxpar.make_mesh(data=8), batch_size=8)
 
 
 def test_batches_without_end_have_no_length():

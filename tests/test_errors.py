@@ -461,7 +461,18 @@ RULES = {
     "a model axis that splits nothing": (
         lambda: layout(mesh=make_mesh(data=2, model=4)),
         "Mesh axis 'model' of size 4 splits no leaf: 4 devices would all do the same work; add jaxpar.MEGATRON, or "
-        "rules that name it, or give its devices to another axis, as make_mesh(data=8).",
+        "rules that name 'model', or give its devices to another axis, as make_mesh(data=8).",
+    ),
+    "a model axis whose rules know no layer": (
+        lambda: layout(
+            jaxpar.MEGATRON,
+            mesh=make_mesh(model=8),
+            init_fn=lambda rng: create({"params": {"first": {"kernel": jnp.ones((8, 8))}}}),
+        ),
+        "Mesh axis 'model' of size 8 splits no leaf: 8 devices would all do the same work. The rules leave "
+        "'params/first/kernel' whole over 'model': MEGATRON doesn't know this layer; megatron(column=[...], "
+        "row=[...]) names more. Name its layer, or give rules that name 'model', or give its devices to another axis, "
+        "as make_mesh(data=8).",
     ),
     "an fsdp axis that splits nothing": (
         lambda: layout(mesh=make_mesh(fsdp=8)),
@@ -877,7 +888,7 @@ LOSSES = {
     ),
     "metrics in a list": (
         lambda: train(lambda model, batch, rng: (measure(model, batch), [1.0])),
-        "loss_fn returned metrics of type list; give a dict of names to values, {} for none.",
+        "loss_fn returned metrics of type list; give a dict of names to values, {} for none, after the loss.",
     ),
     "no metrics": (
         lambda: train(lambda model, batch, rng: (measure(model, batch), None)),

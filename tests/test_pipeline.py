@@ -597,7 +597,7 @@ BAD = {
     ),
     "leaves of different stacks": (
         lambda: pipeline((double, [FOUR, jnp.ones(8)]), X, stage_microbatches=4),
-        "The blocks have leaves of shapes [(4,), (8,)]; a stack's leaves share a leading dim of layers.",
+        ["The blocks have leaves of shapes [(4,), (8,)]; a stack's leaves share a leading dim of layers.", "nnx.vmap"],
     ),
     "no layer": (
         lambda: pipeline((double, jnp.ones(0)), X, stage_microbatches=4),
@@ -605,7 +605,10 @@ BAD = {
     ),
     "a number in place of a stack": (
         lambda: pipeline((double, 2.0), X, stage_microbatches=4),
-        "The blocks have leaves of shapes [()]; a stack's leaves share a leading dim of layers.",
+        [
+            "The blocks have leaves of shapes [()]; a stack's leaves share a leading dim of layers.",
+            "nnx.vmap(lambda rngs",
+        ],
     ),
     "text among the parameters": (
         lambda: pipeline((double, [FOUR, "tanh"]), X, stage_microbatches=4),
@@ -625,7 +628,10 @@ BAD = {
     ),
     "no stack": (
         lambda: pipeline((double, jnp.ones(())), X, stage_microbatches=4),
-        "The blocks have leaves of shapes [()]; a stack's leaves share a leading dim of layers.",
+        [
+            "The blocks have leaves of shapes [()]; a stack's leaves share a leading dim of layers.",
+            "nnx.vmap(lambda rngs",
+        ],
     ),
     "a layer that changes its input": (
         lambda: pipeline((lambda w, x: x.sum(-1) * w, FOUR), X, stage_microbatches=4),
@@ -637,7 +643,7 @@ BAD = {
     ),
     "a function without parameters": (
         lambda: pipeline(double, X, stage_microbatches=4),
-        "A part of the model is a function; give an nnx module, or (fn, params).",
+        ["A part of the model is a function; give an nnx module, or (fn, params).", "a leading dim of layers: nnx"],
     ),
     "arrays of different rows": (
         lambda: pipeline((double, FOUR), {"a": X, "b": X[:4]}, stage_microbatches=4),

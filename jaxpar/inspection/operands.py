@@ -84,7 +84,8 @@ def _is_written(program: Program, computation: Computation, name: str, outer: di
 
 def operation_of(one: Instruction) -> str:
     """Returns the path of an operation's name in the program, as `up/dot_general`."""
-    match = re.search(r'op_name="([^"]*)"', one.text)
+    # A leaf's name, as state.params['up'], comes with its quotes escaped.
+    match = re.search(r'op_name="([^"]*)"', one.text.replace("\\'", "'"))
     wrappers = re.compile(
         r"(jit|jvp|transpose|vmap|rematted_computation|checkpoint)\(.*\)$|^(while|body|closed_call|cond)$"
     )
