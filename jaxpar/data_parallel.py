@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.mesh import MeshError, check_devices
 from jaxpar.state import named_leaves
-from jaxpar.step import DriftError, Engine, StepFn
+from jaxpar.step import DriftError, Engine, StepFn, looks_for_nans
 from jaxpar.strategy import Strategy
 
 
@@ -79,7 +79,8 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
             in_axes=(None, 0),
             out_axes=None if carries_state else (None, 0, None),
             devices=chosen,
-            donate_argnums=(0,) if carries_state else (),
+            # Whoever looks for a NaN needs the state from before.
+            donate_argnums=(0,) if carries_state and not looks_for_nans() else (),
         )
 
     def lower(fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> Any:
@@ -155,6 +156,9 @@ def _bits_sum(leaf: jax.Array) -> jax.Array:
         leaf = jnp.stack([leaf.real, leaf.imag])
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
+    elif (jnp.iinfo if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo)(leaf.dtype).bits < 8:
+        # No whole byte; float32 holds each value.
+        leaf = leaf.astype(jnp.float32)
     bits = (
         jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(8 * leaf.dtype.itemsize, 32)}"))
         .ravel()

@@ -17,6 +17,7 @@ from jaxpar.stack import (
     STAGE,
     PipelineError,
     as_part,
+    check_captured,
     check_layers,
     check_microbatches,
     count_rows,
@@ -64,7 +65,8 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
     check_microbatches(stage_microbatches, rows, stages)
     if not all(map(np.ndim, jax.tree.leaves(x))):
         raise PipelineError("x has a leaf that is a scalar; give one value a row, or pass it after x.")
-    check_layers(run, jax.eval_shape(lambda: take_microbatch(x, stage_microbatches, 0)), more, stages)
+    traced = check_layers(run, jax.eval_shape(lambda: take_microbatch(x, stage_microbatches, 0)), more, stages)
+    check_captured("A layer", traced, stages)
     if stage_microbatches == 1:
         return run_layers(run.fn, run.leaves, x, more, 0)
     params, narrow = widen((run.leaves, more))

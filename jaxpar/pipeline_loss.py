@@ -19,6 +19,7 @@ from jaxpar.stack import (
     PipelineError,
     Trace,
     as_part,
+    check_captured,
     check_layers,
     check_microbatches,
     count_rows,
@@ -95,10 +96,13 @@ def pipeline_loss(
     part_rows = jax.eval_shape(lambda: take_microbatch(batch, stage_microbatches, 0))
     first_trace = trace(parts[0].fn, leaves[0], part_rows, 0)
     layer_trace = check_layers(parts[1], first_trace.shapes, (), stages)
+    last_trace = trace(parts[2].fn, leaves[2], first_trace.shapes, part_rows, 0)
+    traces = {"first": first_trace, "blocks": layer_trace, "last": last_trace}
     if schedule == "1f1b":
         _check_no_float16(leaves)
-        last_trace = trace(parts[2].fn, leaves[2], first_trace.shapes, part_rows, 0)
-        _check_captured({"first": first_trace, "blocks": layer_trace, "last": last_trace})
+        _check_captured(traces)
+    for name, traced in traces.items():
+        check_captured(name, traced, stages)
     flow = _LossFlow(tuple(part.fn for part in parts), stages, stage_microbatches)
     if stages == 1:
         return _only_total(_accumulate(flow, leaves, batch))

@@ -17,7 +17,7 @@ from jaxpar.layout import Layout
 from jaxpar.mesh import BATCH_AXES, check_mesh, count_shards
 from jaxpar.partition import Leaf, Rules, Whole, axes_of, check_rules, match_leaf
 from jaxpar.state import is_key, named_leaves
-from jaxpar.step import DriftError, Engine, StepFn
+from jaxpar.step import DriftError, Engine, StepFn, looks_for_nans
 from jaxpar.strategy import Strategy
 
 AXIS_NAME = "data"
@@ -212,7 +212,7 @@ def _lower(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool, 
         # The state comes back as it went in: else the next call would compile again.
         out_shardings=(state_shardings, None) if carries_state else None,
         # As jit does by itself: whoever looks for a NaN needs the state from before.
-        donate_argnums=(0,) if carries_state and not _looks_for_nans() else (),
+        donate_argnums=(0,) if carries_state and not looks_for_nans() else (),
         compiler_options=compiler_options,
     )
     with jax.set_mesh(mesh):
@@ -254,11 +254,6 @@ def _prepare(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool
         if carries_state and any(_is_count(path, leaf) for path, leaf in named_leaves(state))
         else run
     )
-
-
-def _looks_for_nans() -> bool:
-    config: Any = jax.config
-    return config.jax_debug_nans or config.jax_debug_infs
 
 
 def _is_count(path: str, leaf: Any) -> bool:

@@ -118,9 +118,15 @@ def widen(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     gradient is a sum over stages, which XLA on CPU can't do in bfloat16.
     """
     dtypes = jax.tree.map(jnp.result_type, tree)
-    grow = lambda leaf, dtype: jnp.asarray(leaf, jnp.promote_types(dtype, jnp.float32)) if _is_float(dtype) else leaf
-    back = lambda leaf, dtype: leaf.astype(dtype) if _is_float(dtype) else leaf
+    # What is wide stays as it is: a Python number made an array would no longer take the dtype of what it meets.
+    grow = lambda leaf, dtype: jnp.asarray(leaf, jnp.float32) if is_narrow(dtype) else leaf
+    back = lambda leaf, dtype: leaf.astype(dtype) if is_narrow(dtype) else leaf
     return jax.tree.map(grow, tree, dtypes), lambda wide: jax.tree.map(back, wide, dtypes)
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Returns whether a dtype is a floating-point one of fewer bits than float32."""
+    return _is_float(dtype) and jnp.finfo(dtype).bits < 32
 
 
 def _is_float(dtype: Any) -> bool:
@@ -217,6 +223,20 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
     # JAX has no public name for the tracers of a derivative.
     is_differentiated = lambda const: type(const).__name__ in ("JVPTracer", "LinearizeTracer")
     return Trace(shapes, list(filter(is_differentiated, jaxpr.consts)))
+
+
+def check_captured(name: str, traced: Trace, stages: int) -> None:
+    """Raises PipelineError for a narrow float that isn't given, but used and differentiated: nobody widens it.
+
+    Its gradient is a sum over stages, at which XLA on CPU ends the process if it is in bfloat16.
+    """
+    narrow = [value for value in traced.captured if stages > 1 and is_narrow(value.dtype)]
+    if narrow:
+        raise PipelineError(
+            f"{name} uses a {narrow[0].dtype} value of shape {narrow[0].shape}, to be differentiated, that it isn't "
+            "given: its gradient, a sum over stages, would be as narrow. Give it as an argument, after x or as one of "
+            "the parameters, by (fn, params)."
+        )
 
 
 def check_layers(run: Part, x: Any, more: Any, stages: int) -> Trace:

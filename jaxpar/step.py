@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten
 
@@ -155,6 +156,7 @@ class Step:
                 "jax_disable_jit is set, but a step is compiled ahead of time; call your own function by itself "
                 "instead, as loss_fn(state.model, batch, jax.random.key(0)), under a debugger."
             )
+        _check_untraced(state, batch)
         self._check_batch(batch)
         self._check_arrays(state)
         self._check_state(state)
@@ -239,6 +241,7 @@ class Step:
     def _explain(self, state: Any, batch: Any, shapes: Any) -> Exception | None:
         """What is wrong with the state or the batch, looked for once the step has failed; None if nothing is."""
         try:
+            _check_untraced(state, batch)
             self._check_batch(batch)
             self._check_state(state)
         except (BatchError, StateError) as named:
@@ -250,6 +253,14 @@ class Step:
                     "make a step of its own for another model."
                 )
         return None
+
+
+def _check_untraced(state: Any, batch: Any) -> None:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch))):
+        raise StateError(
+            "The step is called inside jax.jit, vmap, grad or a scan, but it is compiled by itself, for arrays on "
+            "devices; call it outside of them."
+        )
 
 
 def _global_rows(strategy: "Strategy", batch: Any) -> int:
@@ -341,12 +352,23 @@ def _describe_change(batch: Any, before: Any, example_dims: int) -> str:
     )
 
 
+def looks_for_nans() -> bool:
+    """Returns whether JAX is set to raise at a NaN or an infinity."""
+    config: Any = jax.config
+    return config.jax_debug_nans or config.jax_debug_infs
+
+
 def _name_nan(error: Exception) -> Exception | None:
     # JAX's own search for the operation runs a jitted function again; it can't for a compiled one.
-    if type(error).__name__ != "InternalFloatingPointError":
+    if type(error).__name__ == "InternalFloatingPointError":
+        found = error.args[-1]
+    elif isinstance(error, RecursionError) and looks_for_nans():
+        # What that search ends in under pmap.
+        found = "nan or an infinity"
+    else:
         return None
     return FloatingPointError(
-        f"The step made a {error.args[-1]}; to have JAX name the operation, call your own function by itself, as "
+        f"The step made a {found}; to have JAX name the operation, call your own function by itself, as "
         "loss_fn(state.model, batch, jax.random.key(0)), with jax_debug_nans set."
     )
 

@@ -375,14 +375,14 @@ MUTATIONS = [
     Mutation(
         "no donation under jit",
         "sharded.py",
-        "donate_argnums=(0,) if carries_state and not _looks_for_nans() else (),",
+        "donate_argnums=(0,) if carries_state and not looks_for_nans() else (),",
         "donate_argnums=(),",
         CONTRACTS + "a_step_takes_over_its_states_buffers_and_gives_them_back_laid_out_alike[data]",
     ),
     Mutation(
         "no donation under pmap",
         "data_parallel.py",
-        "donate_argnums=(0,) if carries_state else (),",
+        "donate_argnums=(0,) if carries_state and not looks_for_nans() else (),",
         "donate_argnums=(),",
         CONTRACTS + "a_step_takes_over_its_states_buffers_and_gives_them_back_laid_out_alike[pmap]",
     ),

@@ -357,16 +357,34 @@ def test_an_eval_step_gives_means_over_the_batch_and_rows_in_their_order(kind):
 # ---- looking for what is wrong inside a step
 
 
-def test_a_step_that_makes_a_nan_says_how_to_find_the_operation():
-    strategy, state, step = start("data", make_task("nnx_mlp"))
+@pytest.mark.parametrize("name", ["data", "pmap"])
+def test_a_step_that_makes_a_nan_says_how_to_find_the_operation(name):
+    strategy, state, step = start(name, make_task("nnx_mlp"))
     batch = make_batches("mlp", 1)[0]
     batch["x"][0, 0] = np.nan
     with jax.debug_nans(True):
-        with pytest.raises(FloatingPointError, match=r"The step made a nan; .* loss_fn\(state.model, batch, .* set"):
+        with pytest.raises(FloatingPointError, match=r"The step made a nan.*; .* loss_fn\(state.model, batch, .* set"):
             step(state, strategy.shard_batch(batch))
         # The state is there still, and the function by itself tells the operation.
         with pytest.raises(FloatingPointError, match=r"encountered in \w+"):
             make_task("nnx_mlp").loss_fn(state.model, batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["data", "pmap"])
+def test_a_step_inside_a_transformation_says_that_it_stands_outside(name):
+    strategy, state, step = start(name, make_task("nnx_mlp"))
+    batch = strategy.shard_batch(make_batches("mlp", 1)[0])
+    for _ in range(2):  # before it is compiled, and after
+        with pytest.raises(jaxpar.StateError, match=r"called inside jax.jit, vmap, grad .*; call it outside"):
+            jax.jit(step)(state, batch)
+        state, _ = step(state, batch)
+
+
+def test_numbers_of_four_bits_are_compared_over_devices_too():
+    strategy = jaxpar.data_parallel()
+    state = strategy.place(jnp.arange(8, dtype=jnp.int4))
+    step = strategy.compile(lambda state, batch: (state, jax.lax.psum(batch["x"].sum(), "data")))
+    assert (step(state, strategy.shard_batch({"x": np.ones(8, "float32")}))[0] == jnp.arange(8, dtype=jnp.int4)).all()
 
 
 def test_a_step_without_jit_says_what_to_do_instead():

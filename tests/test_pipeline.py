@@ -217,6 +217,16 @@ def test_what_a_layer_is_given_besides_is_whole_for_every_microbatch():
     np.testing.assert_allclose(out, expected)
 
 
+@pytest.mark.parametrize("axes", [{"data": 1}, {"stage": 2}])
+def test_a_python_number_takes_the_dtype_of_what_it_meets_and_8_bit_weights_serve(axes):
+    layer = lambda w, x, scale: (x @ w.astype(x.dtype)) * scale
+    params, x = jnp.ones((2, 3, 3), jnp.float8_e4m3fn), jnp.ones((4, 3), jnp.bfloat16)
+    with jax.set_mesh(sub_mesh(**axes)):
+        y = pipeline((layer, params), x, 0.5, stage_microbatches=2)
+    assert (y == 2.25).all()
+    assert y.dtype == jnp.bfloat16
+
+
 def test_keys_of_rows_draw_alike_on_every_mesh_and_numbers_are_whole():
     keys = jax.random.split(jax.random.key(0), 8)
     draw = jax.vmap(lambda key, x: x * jax.random.normal(key))
@@ -676,6 +686,27 @@ BAD = {
             (lambda w, x: x * w, jnp.ones((), "float16")), (double, FOUR), LAST, X, stage_microbatches=4
         ),
         ["The parameters are float16", "compute_dtype=jnp.bfloat16, or schedule='gpipe'"],
+    ),
+    "a bfloat16 value from outside": (
+        lambda: jax.grad(lambda w: pipeline((lambda _, x: x * w, FOUR), X, stage_microbatches=4).sum())(
+            jnp.ones(WIDTH, "bfloat16")
+        ),
+        ["A layer uses a bfloat16 value of shape (16,), to be differentiated, that it isn't given", "after x"],
+    ),
+    "a bfloat16 value from outside of the loss": (
+        lambda: jax.grad(
+            lambda w: (
+                pipeline_loss(
+                    (lambda table, batch: table[batch], TABLE),
+                    (double, FOUR),
+                    (lambda _, x, batch: (x * w).mean(), ()),
+                    jnp.zeros(8, int),
+                    stage_microbatches=4,
+                    schedule="gpipe",
+                )[0].total
+            )
+        )(jnp.ones(WIDTH, "bfloat16")),
+        ["last uses a bfloat16 value of shape (16,), to be differentiated", "by (fn, params)"],
     ),
     "three values": (
         lambda: pipeline_loss(
