@@ -57,9 +57,10 @@ def all_ready(get_ready: Callable[[], None]) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        failed_somewhere = np.any(multihost_utils.process_allgather(np.array(error is not None)))
-        if failed_somewhere and error is None:
-            raise CheckpointError("Another process can't save, and says why; none of them does.")
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+        if failed.size and error is None:
+            which = ", ".join(map(str, failed))
+            raise CheckpointError(f"Process {which} can't save, and says why; so none of {jax.process_count()} does.")
     if error is not None:
         raise error
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.island import current_mesh, island_size, run_as_one
+from jaxpar.island import current_mesh, island_size, jit_island
 from jaxpar.mesh import check_axis_name
 from jaxpar.sequence import CONTEXT_SIZE, ContextError, check_divides
 
@@ -69,7 +69,7 @@ def ring_attention(
     attend, split = functools.partial(_attend, kernel), PartitionSpec(None, _AXIS)
     if size > 1:
         island = jax.shard_map(attend, in_specs=split, out_specs=split, axis_names={_AXIS}, check_vma=False)
-        attend = run_as_one(island)
+        attend = jit_island(island)
     return attend(q_BTHD, k_BTKD, v_BTKD, masks)
 
 
@@ -310,7 +310,7 @@ def _constrain(x: jax.Array, *specs: tuple[Any, ...]) -> jax.Array:
     """`x` with dims 1 and on split by one spec after the other, all others as the compiler likes; as it is for none."""
     free = [PartitionSpec.UNCONSTRAINED] * x.ndim
     full = [PartitionSpec(*[free[0], *spec, *free][: x.ndim]) for spec in specs if spec]
-    return run_as_one(lambda x: functools.reduce(lax.with_sharding_constraint, full, x))(x) if full else x
+    return jit_island(lambda x: functools.reduce(lax.with_sharding_constraint, full, x))(x) if full else x
 
 
 def _automatic_size(axis: str) -> int:

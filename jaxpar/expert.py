@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.island import automatic_axes, island_size, run_as_one, takes_rows_alone
+from jaxpar.island import automatic_axes, island_size, jit_island, takes_rows_alone
 from jaxpar.mesh import BATCH_AXES
 
 _AXIS = "expert"
@@ -122,7 +122,7 @@ def mixture_of_experts(
             axis_names=set(axes),
             check_vma=False,
         )
-        mix = run_as_one(island)
+        mix = jit_island(island)
     parts, counts = mix(x, logits, kernels)
     # Summed out here, the parts that `model` has cost one all-reduce, or a reduce-scatter where tokens are split next.
     return lax.reduce_sum(parts, (0,)), _measure(logits, counts.sum(0), top_k)

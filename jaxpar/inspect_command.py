@@ -24,4 +24,4 @@ def inspect(options: argparse.Namespace) -> int:
     else:
         # Tables would wrap at a width that a file doesn't have.
         print(report)
-    return 0 if report.fits else 1
+    return 1 if report.fits is False else 0

@@ -69,10 +69,10 @@ def automatic_axes() -> tuple[str, ...]:
     return tuple(axis for axis in AXES[first:] if mesh.shape.get(axis, 1) > 1 and not _is_bound(axis))
 
 
-def run_as_one(fn: Callable[..., Any]) -> Callable[..., Any]:
+def jit_island(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `fn` jitted, for an island to run outside a jit too: op by op, JAX leaves no axis to the compiler.
 
-    >>> run_as_one(lambda x: x + 1)(1)
+    >>> jit_island(lambda x: x + 1)(1)
     Array(2, dtype=int32, weak_type=True)
     """
     return jax.jit(fn)

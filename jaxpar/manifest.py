@@ -25,6 +25,12 @@ class ManifestError(ValueError):
     remedy = "copy it again from where it was whole, or delete its folder"
 
 
+class MissingError(ManifestError):
+    """There is no such folder."""
+
+    remedy = "give a step that is there"
+
+
 class NewerFormatError(ManifestError):
     """A manifest that a newer jaxpar wrote: all may be well with it."""
 
@@ -173,7 +179,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
         read = read_json(path, _MOST_BYTES)
     except FileNotFoundError:
         if not folder.exists():
-            raise ManifestError(f"there is no {shown(folder)}") from None
+            raise MissingError(f"there is no {shown(folder)}") from None
         raise ManifestError(f"{shown(folder)} has no {NAME}: its save was not finished") from None
     form = read.get("format") if isinstance(read, dict) else None
     if type(form) is int and form > _FORMAT:

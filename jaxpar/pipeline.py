@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.island import island_size, run_as_one, takes_rows_alone
+from jaxpar.island import island_size, jit_island, takes_rows_alone
 from jaxpar.stack import (
     STAGE,
     PipelineError,
@@ -91,7 +91,7 @@ def pipeline(blocks: Any, x: Any, *more: Any, stage_microbatches: int) -> Any:
         check_vma=False,
     )
     # What the last stage has.
-    return jax.tree.map(lambda leaf: leaf[-1], run_as_one(island)(params, whole))
+    return jax.tree.map(lambda leaf: leaf[-1], jit_island(island)(params, whole))
 
 
 class _Flow(NamedTuple):

@@ -11,7 +11,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from jaxpar.island import island_size, run_as_one, takes_rows_alone
+from jaxpar.island import island_size, jit_island, takes_rows_alone
 from jaxpar.loss import Weighted, check_values, grow, read_loss
 from jaxpar.schedule import check_name
 from jaxpar.stack import (
@@ -322,7 +322,7 @@ def _over_stages(fn: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     part_specs = (PartitionSpec(), PartitionSpec(STAGE), PartitionSpec())
     in_specs = (part_specs, part_specs, PartitionSpec())
     island = jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False)
-    return run_as_one(island)
+    return jit_island(island)
 
 
 def _only_total(sums: tuple[Weighted, dict[str, Any]]) -> tuple[Weighted, dict[str, Any]]:

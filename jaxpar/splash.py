@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.island import current_mesh, run_as_one, takes_rows_alone
+from jaxpar.island import current_mesh, jit_island, takes_rows_alone
 from jaxpar.mesh import AXES, BATCH_AXES, MeshError
 
 _MODEL = "model"
@@ -66,7 +66,7 @@ def splash_attention(
     axes = {*rows, heads} - {None}
     spec = PartitionSpec(rows, None, heads)
     island = jax.shard_map(attend, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False)
-    return run_as_one(island)(q_BTHD, k_BTKD, v_BTKD)
+    return jit_island(island)(q_BTHD, k_BTKD, v_BTKD)
 
 
 def _check_shapes(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, block_size: int) -> None:

@@ -734,8 +734,8 @@ MUTATIONS += [
     Mutation(
         "every stage puts",
         "pipeline.py",
-        "leaf: leaf[-1], run_as",
-        "leaf: leaf[0], run_as",
+        "leaf: leaf[-1], jit_island",
+        "leaf: leaf[0], jit_island",
         TRAINS + "[stages-pipeline-0.3-1]",
     ),
     Mutation(

@@ -452,3 +452,13 @@ def test_a_process_waits_for_others_longer_the_more_they_write(tmp_path, monkeyp
     assert [context.async_options.timeout_secs for context in made] == [120, 124, 1200]
     # Orbax would warn at each save of options that it takes no more.
     assert "deprecated" not in capfd.readouterr().err
+
+
+def test_a_step_that_is_not_there_is_named_beside_those_that_are(tmp_path):
+    strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    init_fn = lambda rng: jaxpar.TrainState.create({"params": {"w": jnp.ones(8)}}, optax.sgd(0.1))
+    with jaxpar.Checkpoints(tmp_path, every=1) as checkpoints:
+        checkpoints.save(strategy.init(init_fn, jax.random.key(0)), step=3)
+        checkpoints.wait()
+        with pytest.raises(CheckpointError, match=r"there is no .*7; give a step that is there\. Others .* are \[3\]"):
+            checkpoints.restore(strategy.abstract_state(init_fn), step=7)

@@ -76,9 +76,9 @@ class Inspection:
         return tuple(sorted((row for row in self.rows if row.note), key=lambda row: -row.bytes_per_device))
 
     @property
-    def fits(self) -> bool:
-        """Whether a device of a target holds what a step takes; true where the devices are here."""
-        return self.hbm_bytes is None or self.peak_bytes <= self.hbm_bytes
+    def fits(self) -> bool | None:
+        """Whether a device of a target holds what a step takes; None where the devices are here."""
+        return None if self.hbm_bytes is None else self.peak_bytes <= self.hbm_bytes
 
     @property
     def flops(self) -> int:
@@ -159,7 +159,10 @@ class Inspection:
 
     def _legend(self) -> list[str]:
         """What the table of traffic doesn't say by itself."""
-        notes = ["at least: the fewest bytes that the layout allows; -: nothing declares them"]
+        notes = [
+            "at least: the fewest bytes that the layout allows, weights gathered once or twice as the step does; "
+            "-: nothing declares them"
+        ]
         if any(_differ(row) for row in self.traffic):
             notes.append(
                 "(in parentheses): what remains if gathers are sent in the dtype that is computed in, and of a sum "
