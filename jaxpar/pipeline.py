@@ -116,9 +116,7 @@ def _gpipe(flow: _Flow, params: Any, x: Any) -> Any:
     def tick(carry: Any, time: Any) -> Any:
         x_before, out = carry
         number = time - stage
-        # What is idle gets rows of its own: of zeros, that nobody made, a layer's gradient may be NaN.
-        own = (stage == 0) | ~is_active(number)
-        x_here = jax.tree.map(lambda x, sent: jnp.where(own, take_rows(x, count, number), sent), x, x_before)
+        x_here = jax.tree.map(lambda x, sent: jnp.where(stage == 0, take_rows(x, count, number), sent), x, x_before)
         y = run(params, x_here, number)
         # What is idle at the last stage comes before its first microbatch, whose place it takes till then.
         out = put(out, y, number)

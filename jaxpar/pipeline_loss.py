@@ -132,9 +132,7 @@ def _sum_forward(flow: _LossFlow, floats: Any, others: Any, batch: Any) -> tuple
             # Narrow in here: all microbatches' gradients are then summed in float32.
             floats = narrow(wide)
             rows = take_microbatch(batch, flow.microbatches, number)
-            # What is idle starts with rows too: of zeros, that nobody made, a layer's gradient may be NaN.
-            starts = (stage == 0) | ~is_active(number)
-            x = when(starts, lambda x: run.first(floats[0], rows, number), lambda x: x, x)
+            x = when(stage == 0, lambda x: run.first(floats[0], rows, number), lambda x: x, x)
             y = run.layers(floats[1], x, number)
             end = lambda head, y: run.sums(head, y, rows, number)
             return y, when(stage == flow.stages - 1, end, lambda head, y: sums_zero, floats[2], y)

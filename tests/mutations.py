@@ -699,8 +699,8 @@ MUTATIONS += [
     Mutation(
         "first stage takes what was sent",
         "pipeline.py",
-        "own = (stage == 0) | ~is_active(number)",
-        "own = (stage == 1) | ~is_active(number)",
+        "jnp.where(stage == 0, take_rows",
+        "jnp.where(stage == 1, take_rows",
         TRAINS + "[stages-pipeline-0.3-1]",
     ),
     Mutation(
@@ -776,7 +776,7 @@ MUTATIONS += [
     Mutation(
         "embedding of gpipe at all",
         "pipeline_loss.py",
-        "x = when(starts, lambda x: run.first",
+        "x = when(stage == 0, lambda x: run.first",
         "x = when(stage < 1 + flow.stages, lambda x: run.first",
         TRAINS + "[stage_model-gpipe-0.0-1]",
     ),
@@ -933,20 +933,6 @@ MUTATIONS += [
         "        @jax.checkpoint\n        def forward_or_idle",
         "        def forward_or_idle",
         PIPELINE + "gpipe_keeps_of_each_microbatch_its_input_and_no_copy_of_the_layers[gpipe]",
-    ),
-    Mutation(
-        "idle stages start with zeros",
-        "pipeline.py",
-        "own = (stage == 0) | ~is_active(number)",
-        "own = stage == 0",
-        PIPELINE + "layers_and_losses_may_move_what_other_axes_split[no gradient at zeros]",
-    ),
-    Mutation(
-        "idle stages of gpipe with its loss start with zeros",
-        "pipeline_loss.py",
-        "starts = (stage == 0) | ~is_active(number)",
-        "starts = stage == 0",
-        PIPELINE + "layers_and_losses_may_move_what_other_axes_split[tokens moved in the loss of GPipe]",
     ),
     Mutation(
         "forward halves end too early",
