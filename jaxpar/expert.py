@@ -1,8 +1,7 @@
 """Mixtures of experts split over the `expert` axis: tokens travel to their experts and back; changes with the dispatch.
 
 B rows, T tokens, C features, E experts, F hidden features of one, K choices of a token. On one device: N tokens,
-M = N K pairs of a token and its choice, D devices on the axis, L experts on each, R pairs at most from one device,
-S = D R.
+M = N K pairs of a token and its choice, D devices on the axis, L experts on each, R pairs at most from one, S = D R.
 """
 
 import functools
@@ -235,8 +234,9 @@ def _plan_routes(counts_E: jax.Array, size: int) -> _Routes:
     return _Routes(sizes_DD, starts_DD, counts_DDL[:, index], index)
 
 
-# JAX has no batch of it: one after the other.
-_exchange = jax.custom_batching.sequential_vmap(lambda *arrays: lax.ragged_all_to_all(*arrays, axis_name=_AXIS))
+def _exchange(*arrays: jax.Array) -> jax.Array:
+    # JAX has no batch of it: one after the other.
+    return jax.custom_batching.sequential_vmap(lambda *each: lax.ragged_all_to_all(*each, axis_name=_AXIS))(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
