@@ -303,6 +303,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_code_1(here, capsys, monkeyp
     assert "Step 1 gave loss nan, grad_norm nan. Try a lower --learning-rate.\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default::jaxpar.CheckpointWarning")
 def test_a_checkpoint_that_is_passed_over_is_told_in_one_plain_line(here, capsys):
     run = [*SMALL, "--text", "long", "--checkpoint", "run", "--checkpoint-every", "1"]
