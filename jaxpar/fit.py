@@ -26,7 +26,13 @@ _RETURNS = 3
 
 
 class FitError(ValueError):
-    """What `fit` can't do, or a run that went wrong: the message says what, and at which step."""
+    """What `fit` can't do, or a run that went wrong: the message says what, and at which step.
+
+    Attributes:
+      gone_wrong: what a step gave that is no number, without what to do about it; empty for all else.
+    """
+
+    gone_wrong = ""
 
 
 def fit(
@@ -234,9 +240,10 @@ class _Run:
     def _go_back(self, state: TrainState, failed: tuple[int, dict[str, float]]) -> TrainState:
         told, checkpoint = _told_of_nan(failed), self.options.checkpoint
         if self.options.nonfinite != "roll back" or checkpoint is None:
-            raise FitError(
-                f"{told} Try a lower learning rate, clip gradients, wrap the optimizer in optax.apply_if_finite "
-                "to skip such steps, or nonfinite='roll back' with a checkpoint."
+            raise _diverged(
+                told,
+                "Try a lower learning rate, clip gradients, wrap the optimizer in optax.apply_if_finite to skip such "
+                "steps, or nonfinite='roll back' with a checkpoint.",
             )
         with _warned():
             checkpoint.wait()
@@ -247,9 +254,9 @@ class _Run:
         reached = int(state.step)
         self.returns[reached] = self.returns.get(reached, 0) + 1
         if self.returns[reached] > _RETURNS:
-            raise FitError(
-                f"{told} The run went back to step {reached} {_RETURNS} times: other batches don't help. "
-                "Try a lower learning rate, or clip gradients."
+            raise _diverged(
+                f"{told} The run went back to step {reached} {_RETURNS} times: other batches don't help.",
+                "Try a lower learning rate, or clip gradients.",
             )
         warnings.warn(
             f"{told} The run goes on from step {reached}, with the batches that follow.",
@@ -281,6 +288,12 @@ def _is_skipped(values: dict[str, float], state: TrainState) -> bool:
 def _all_finite(params: Any) -> jax.Array:
     leaves = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+
+
+def _diverged(told: str, advice: str) -> FitError:
+    error = FitError(f"{told} {advice}")
+    error.gone_wrong = told
+    return error
 
 
 def _told_of_nan(failed: tuple[int, dict[str, float]]) -> str:

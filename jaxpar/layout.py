@@ -176,13 +176,12 @@ def _check_axes_split(rows: Sequence[LayoutRow], mesh: Mesh) -> None:
     for axis, (consequence, rules) in _MUST_SPLIT.items():
         size = mesh.shape.get(axis, 1)
         if size > 1 and axis not in split:
-            told = f"Mesh axis {axis!r} of size {size} splits no leaf: {size} devices {consequence}"
             # Where rules for it are given, to add them is no advice.
             left = [row for row in rows if row.path.startswith("params/") and f"over {axis!r}" in row.note]
-            why = f". The rules leave {left[0].path!r} {left[0].note}. Name its layer" if left else f"; add {rules}"
+            next_step = f". The rules leave {left[0].path!r} {left[0].note}. Give" if left else f"; add {rules}, or"
             raise PartitionError(
-                f"{told}{why}, or {'give ' * bool(left)}rules that name {axis!r}, or give its devices to another axis, "
-                f"as make_mesh(data={mesh.size})."
+                f"Mesh axis {axis!r} of size {size} splits no leaf: {size} devices {consequence}{next_step} rules that "
+                f"name {axis!r}, or give its devices to another axis, as make_mesh(data={mesh.size})."
             )
 
 

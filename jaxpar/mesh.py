@@ -114,7 +114,8 @@ def check_devices(devices: Any) -> np.ndarray:
 def check_axis_name(axis: str) -> None:
     """Raises MeshError, with the nearest name, unless `axis` is one of `jaxpar.AXES`."""
     if axis not in AXES:
-        near = f" (here it is {_ALSO_CALLED[axis]!r})" if str(axis) in _ALSO_CALLED else nearest(str(axis), AXES)
+        known = _ALSO_CALLED.get(str(axis))
+        near = f" (here it is {known!r})" if known else nearest(str(axis), AXES)
         raise MeshError(f"Mesh axis {axis!r} is unknown{near}; the axes are {', '.join(AXES)}.")
 
 

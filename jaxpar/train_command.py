@@ -64,9 +64,9 @@ def train(options: argparse.Namespace) -> int:
         except jaxpar.CheckpointError as error:
             raise UsageError(f"--checkpoint {options.checkpoint}: {error}") from error
         except jaxpar.FitError as error:
-            # What else it advises is for a loop of one's own.
-            what, advice, _ = str(error).partition(" Try ")
-            console.print(f"{what} Try a lower --learning-rate." if advice else what)
+            # What it advises is for a loop of one's own.
+            told = error.gone_wrong
+            console.print(f"{told} Try a lower --learning-rate." if told else str(error))
             return 1
     if not rows:
         console.print(f"Step {options.steps} was reached before; give more --steps to go on.")

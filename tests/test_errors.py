@@ -471,8 +471,8 @@ RULES = {
         ),
         "Mesh axis 'model' of size 8 splits no leaf: 8 devices would all do the same work. The rules leave "
         "'params/first/kernel' whole over 'model': MEGATRON doesn't know this layer; megatron(column=[...], "
-        "row=[...]) names more. Name its layer, or give rules that name 'model', or give its devices to another axis, "
-        "as make_mesh(data=8).",
+        "row=[...]) names more. Give rules that name 'model', or give its devices to another axis, as "
+        "make_mesh(data=8).",
     ),
     "an fsdp axis that splits nothing": (
         lambda: layout(mesh=make_mesh(fsdp=8)),

@@ -261,12 +261,12 @@ def inspect(
     collectives = find_collectives(read_program(program.text), mesh, slice_of=slice_of)
     is_eval = isinstance(train_step, EvalStep)
     terms = Terms(
-        frozenset(row.path for row in rows if is_eval).union(*(one.static.frozen for one in states)),
-        not is_eval,
-        step.compute_dtype,
-        step.num_microbatches,
-        tuple(axis for layout in layouts for axis in strategy.train_axes(layout, step.num_microbatches)),
-        _partial_sums(jaxpr, state, rows, mesh),
+        frozen=frozenset(row.path for row in rows if is_eval).union(*(one.static.frozen for one in states)),
+        has_way_back=not is_eval,
+        compute_dtype=step.compute_dtype,
+        num_microbatches=step.num_microbatches,
+        summed_axes=tuple(axis for layout in layouts for axis in strategy.train_axes(layout, step.num_microbatches)),
+        partial_sums=_partial_sums(jaxpr, state, rows, mesh),
     )
     purposes = sort_traffic(collectives, rows, mesh, terms)
     return Inspection(
