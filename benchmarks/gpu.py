@@ -1,9 +1,8 @@
 """A decoder of about 1 B parameters in bf16 on the GPUs that are there: tokens/s, MFU, memory, gap between steps.
 
-No figure is claimed until one is committed beside this file: so far it has run on a CPU alone (`--tiny`), to show that
-it runs.
+The figures of one H200 stand in README.md. `--tiny` runs on a CPU, to show that it runs.
 
-    python benchmarks/gpu.py [--mesh fsdp=8] [--batch-size 8] [--remat] [--json FILE]
+    python benchmarks/gpu.py [--mesh fsdp=8] [--batch-size 8] [--remat dots] [--json FILE]
 """
 
 import argparse
@@ -18,10 +17,8 @@ import optax
 from flax import nnx
 
 import jaxpar
-from jaxpar.transformer import Features, Sizes, Transformer
-
-# Dense bf16 arithmetic, operations a second, from NVIDIA's data sheets (without sparsity).
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+from jaxpar.transformer import REMATS, Block, Features, Sizes, SwiGLU, Transformer
+from jaxpar.work import peak_flops
 
 
 def count_operations(sizes, num_params, tokens, seq_len):
@@ -30,23 +27,37 @@ def count_operations(sizes, num_params, tokens, seq_len):
     return 6 * num_params * tokens + attention
 
 
-def make_loss(remat):
-    """The mean loss of the next byte; with `remat` each block is computed again in the backward pass."""
-    run = lambda block, x: block(x)
-    run = nnx.remat(run) if remat else run
+class Decoder(nnx.Module):
+    """The transformer of `jaxpar train` with its layers one by one, where that one scans over a stack of them."""
 
-    def loss_fn(model, batch, rng):
-        x = model.embed(batch["tokens"][:, :-1])
-        features = Features(x, jnp.zeros(x.shape[0], jnp.float32))
-        x, _ = jaxpar.pipeline((run, model.blocks), features, stage_microbatches=1)
-        logits = model.embed.attend(model.norm(x)).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:]).mean(), {}
+    def __init__(self, sizes, *, attend, remat, rngs):
+        self.embed = nnx.Embed(sizes.vocab, sizes.d_model, rngs=rngs)
+        # nnx.Embed alone would turn its table back into the dtype in which it was made.
+        self.embed.dtype = None
+        make_block = lambda: Block(sizes, attend=attend, make_mlp=SwiGLU, rngs=rngs)
+        self.blocks = nnx.List([make_block() for _ in range(sizes.layers)])
+        self.norm = nnx.RMSNorm(sizes.d_model, rngs=rngs)
+        self.remat = remat
 
-    return loss_fn
+    def __call__(self, tokens_BT):
+        """The logits of the token after each."""
+        x_BTC = self.embed(tokens_BT)
+        run = lambda block, features: block(features)
+        run = run if self.remat == "none" else nnx.remat(run, policy=REMATS[self.remat])
+        features = Features(x_BTC, jnp.zeros(x_BTC.shape[0], jnp.float32))
+        for block in self.blocks:
+            features = run(block, features)
+        return self.embed.attend(self.norm(features.x_BTC)).astype(jnp.float32)
+
+
+def predict_next(model, batch, rng):
+    """The mean loss of the next byte."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["tokens"][:, :-1]), batch["tokens"][:, 1:])
+    return losses.mean(), {}
 
 
 def time_steps(step, state, batch, count):
-    """Seconds a step when all are sent at once, and when each is waited for."""
+    """The state after, seconds a step when all are sent at once and when each is waited for, and the last loss."""
     start = time.perf_counter()
     for _ in range(count):
         state, metrics = step(state, batch)
@@ -57,7 +68,7 @@ def time_steps(step, state, batch, count):
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
     apart = (time.perf_counter() - start) / count
-    return together, apart, float(metrics["loss"])
+    return state, together, apart, float(metrics["loss"])
 
 
 def main(argv=None):
@@ -69,7 +80,9 @@ def main(argv=None):
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--d-model", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--remat", action="store_true", help="compute each block again in the backward pass")
+    parser.add_argument("--remat", choices=[*REMATS], default="none", help="what the backward pass computes again")
+    parser.add_argument("--scan", action="store_true", help="scan over the layers: compiles once for all of them")
+    parser.add_argument("--profile", metavar="DIR", help="write a trace of three more steps there")
     parser.add_argument("--tiny", action="store_true", help="a model for a CPU, to see that it runs")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(argv)
@@ -84,19 +97,24 @@ def main(argv=None):
     rules = [rule for axis, rule in (("model", jaxpar.MEGATRON), ("fsdp", jaxpar.FSDP)) if axis in mesh.shape]
     strategy = jaxpar.sharded(mesh, *rules)
     tx = optax.adamw(1e-4)
-    init_fn = lambda rng: jaxpar.TrainState.create(Transformer(sizes, attend=attend, rngs=nnx.Rngs(rng)), tx)
+    make_model = functools.partial(Transformer if options.scan else Decoder, sizes, attend=attend, remat=options.remat)
+    init_fn = lambda rng: jaxpar.TrainState.create(make_model(rngs=nnx.Rngs(rng)), tx)
     state = strategy.init(init_fn, jax.random.key(0))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     rows = options.batch_size * strategy.num_shards
     tokens = np.random.default_rng(0).integers(0, 256, (rows, options.seq_len + 1))
-    step = jaxpar.make_train_step(make_loss(options.remat), strategy, compute_dtype=jnp.bfloat16)
+    step = jaxpar.make_train_step(predict_next, strategy, compute_dtype=jnp.bfloat16)
     memory = step.lower(state, {"tokens": tokens}).compile().memory_analysis()
     batch = strategy.shard_batch({"tokens": tokens})
-    state, _ = step(state, batch)
-    together, apart, loss = time_steps(step, state, batch, options.steps)
+    # The first ones compile, take memory, and record what they launch.
+    state, *_ = time_steps(step, state, batch, 2)
+    state, together, apart, loss = time_steps(step, state, batch, options.steps)
 
-    device = mesh.devices.flat[0]
-    peak = next((peak for name, peak in PEAK.items() if name in device.device_kind), None)
+    if options.profile:
+        with jax.profiler.trace(options.profile):
+            state, *_ = time_steps(step, state, batch, 3)
+
+    device, peak = mesh.devices.flat[0], peak_flops(mesh.devices.flat)
     operations = count_operations(sizes, num_params, rows * options.seq_len, options.seq_len)
     figures = {
         "device": f"{mesh.size} x {device.device_kind}",
@@ -104,7 +122,7 @@ def main(argv=None):
         "jax": jax.__version__,
         "parameters": num_params,
         "tokens_per_second": rows * options.seq_len / together,
-        "mfu": peak and operations / together / (peak * mesh.size),
+        "mfu": peak and operations / together / peak,
         "step_seconds": together,
         "gap_seconds": apart - together,
         "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),

@@ -3,6 +3,9 @@
 import os
 
 import jax
+import pytest
+
+from jaxpar.mesh import MeshError
 
 # A test's time is mostly XLA's writing of machine code, which none is about: so it writes it the shortest way. All of
 # XLA's own passes run, the partitioner's too. One module a program, for a process can map only so many (65,530), and
@@ -12,3 +15,32 @@ if jax.__version_info__ < (0, 11):
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]  # twice as fast; XLA aborts at a flag that it has dropped
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_modifyitems(items):
+    """Docstrings show what eight devices give."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.devices(8))
+
+
+def _skip_without_devices():
+    """Where the machine has few devices of its own, a mesh that needs more skips its test, with both numbers."""
+    try:
+        return (yield)
+    except MeshError as error:
+        if len(jax.devices()) < 8 and "are available; sizes must multiply" in str(error):
+            pytest.skip(str(error).partition(";")[0])
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup():
+    """Skips a test whose fixtures lack devices."""
+    return (yield from _skip_without_devices())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """Skips a test that lacks devices."""
+    return (yield from _skip_without_devices())

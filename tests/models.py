@@ -23,7 +23,7 @@ LAYERS, FEATURES, CLASSES, PIXELS, CHANNELS = 2, 8, 8, 4, 8
 
 
 STRATEGIES = {
-    "pmap": lambda n: jaxpar.data_parallel(jax.devices()[:n]),
+    "pmap": lambda n: jaxpar.data_parallel(list(sub_mesh(data=n).devices.flat)),
     "data": lambda n: jaxpar.sharded(sub_mesh(data=n)),
     "model": lambda n: jaxpar.sharded(sub_mesh(model=n), jaxpar.MEGATRON),
     "data_model": lambda n: jaxpar.sharded(sub_mesh(data=min(n, 2), model=max(n // 2, 1)), jaxpar.MEGATRON),

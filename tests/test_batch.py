@@ -102,6 +102,7 @@ def test_batch_rules_see_the_path(batch, paths):
 # ---- splitting, around the number of shards
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("rows", [1, N - 1, N, N + 1, 2 * N, 5 * N - 1, 5 * N, 5 * N + 1])
 @pytest.mark.parametrize("kind", ["pmap", "data"])
 def test_rows_are_split_if_they_divide_and_named_if_not(kind, rows):

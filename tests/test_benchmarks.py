@@ -48,7 +48,7 @@ def test_fit_is_compared_with_its_loop(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [[], ["--remat"]], ids=["kept", "remat"])
+@pytest.mark.parametrize("remat", [[], ["--scan", "--remat", "dots"]], ids=["kept", "scan, remat"])
 def test_the_gpu_benchmark_runs_tiny_on_a_cpu(remat):
     figures = load("gpu").main(["--tiny", *remat])
     assert figures["tokens_per_second"] > 0

@@ -621,6 +621,7 @@ def test_an_unknown_axis_to_split_the_sequence_over_is_named():
             split_sequence(jnp.ones((2, 8, 4)), axis=axis)
 
 
+@pytest.mark.devices(8)
 def test_an_island_stands_in_a_shard_map_over_an_axis_of_the_users_own():
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=ONES[key]), "float32") for key in "qkv"]

@@ -189,6 +189,7 @@ def test_a_metric_may_not_take_the_name_of_the_steps_own(kind):
         step(state, strategy.shard_batch(task.batches[0]))
 
 
+@pytest.mark.devices(8)
 def test_a_step_of_ones_own_that_lacks_a_reduction_is_named_under_pmap():
     strategy, state, _ = start("pmap", make_task("linen_mlp"))
 

@@ -35,6 +35,8 @@ from jaxpar import (
 )
 from jaxpar.island import island_size
 
+pytestmark = pytest.mark.devices(8)
+
 ROWS = 16
 BATCH = {"x": np.ones((ROWS, 16), "float32"), "y": np.ones(ROWS, "float32")}
 KEY = jax.random.key(0)

@@ -10,6 +10,8 @@ from jaxpar import estimate_command
 from jaxpar.__main__ import main
 from jaxpar.usage import UsageError
 
+pytestmark = pytest.mark.devices(8)
+
 SMALL = ["--mesh", "fsdp=-1", "--dtype", "bfloat16", "--layers", "2", "--d-model", "256", "--batch-size", "64"]
 
 

@@ -52,7 +52,8 @@ def batches(step):
 
 @pytest.fixture(scope="module")
 def step():
-    return jaxpar.make_train_step(loss_fn, jaxpar.sharded(sub_mesh(fsdp=4), jaxpar.fsdp(min_size=1)))
+    mesh = sub_mesh(fsdp=min(4, len(jax.devices())))
+    return jaxpar.make_train_step(loss_fn, jaxpar.sharded(mesh, jaxpar.fsdp(min_size=1)))
 
 
 def start(step):
@@ -432,7 +433,14 @@ def test_a_chip_that_is_known_has_its_mfu_on_the_line():
 
 
 @pytest.mark.parametrize(
-    ("kinds", "peak"), [(["cpu"], None), (["TPU v5 lite"] * 2, 394e12), (["TPU v6 lite"], 918e12), (["TPU v9"], None)]
+    ("kinds", "peak"),
+    [
+        (["cpu"], None),
+        (["TPU v5 lite"] * 2, 394e12),
+        (["TPU v6 lite"], 918e12),
+        (["TPU v9"], None),
+        (["NVIDIA H200"] * 2, 1978e12),
+    ],
 )
 def test_the_peak_is_that_of_all_chips_if_they_are_known(kinds, peak):
     assert peak_flops([types.SimpleNamespace(device_kind=kind) for kind in kinds]) == peak

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -14,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 import jaxpar
 from jaxpar import BatchError, LossError, MeshError, PartitionError, StateError
 from jaxpar.layout import layout_state
+
+pytestmark = pytest.mark.devices(8)
 
 ERRORS = (MeshError, PartitionError, BatchError, StateError, LossError)
 SETTINGS = {

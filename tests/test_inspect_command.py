@@ -6,6 +6,8 @@ import pytest
 
 from jaxpar.__main__ import main
 
+pytestmark = pytest.mark.devices(8)
+
 MODULE = """
 import jax, jaxpar, optax
 from flax import nnx

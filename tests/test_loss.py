@@ -114,6 +114,7 @@ def run(loss_fn, way, batch=BATCH):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@jax.default_matmul_precision("highest")
 def test_losses_and_metrics_are_global_means(way):
     everything = lambda model, batch, rng: (
         VALUES["weighted sums"](model, batch, rng),

@@ -18,6 +18,8 @@ import jaxpar
 from jaxpar import doctor, train_command, train_report
 from jaxpar.__main__ import main
 
+pytestmark = pytest.mark.devices(8)
+
 SMALL = ["train", "--d-model", "32", "--layers", "1", "--seq-len", "16", "--batch-size", "16", "--steps", "3"]
 EIGHT = ["--fake-devices", "8"]
 

@@ -14,6 +14,8 @@ from models import DEVICES, make_batches, make_task
 import jaxpar
 from jaxpar.mesh import check_mesh, count_shards, nearest
 
+pytestmark = pytest.mark.devices(8)
+
 # Arguments, and the axes with their sizes that the mesh has on 8 devices, in order.
 MESHES = [
     ((), {}, {"data": 8}),

@@ -146,6 +146,7 @@ def test_a_test_that_needs_more_devices_is_skipped_with_both_numbers(pytester):
 
 
 def test_a_skip_names_the_flag_that_set_the_number(pytester, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
     test = "import pytest\n@pytest.mark.devices(2)\ndef test(): pass\n"
     result = run(pytester, test_it=test)

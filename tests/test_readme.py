@@ -11,6 +11,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+@pytest.mark.devices(8)
 def test_the_api_screen_runs_as_it_stands(capsys):
     [screen] = [text for kind, text in BLOCKS if kind == "python"]
     names = {}

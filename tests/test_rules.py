@@ -374,6 +374,7 @@ def test_flax_models_are_split_alike_in_nnx_and_linen_scanned_or_not(name, mesh)
 
 
 # Key and value heads of grouped-query attention, the size of the model axis, and whether they are split.
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(("kv_heads", "size", "divides"), [(2, 2, True), (2, 4, False), (4, 4, True), (4, 8, False)])
 def test_key_and_value_heads_that_do_not_divide_stay_whole_and_are_reported(kv_heads, size, divides):
     def init_fn(rng):

@@ -24,6 +24,7 @@ def draw(batch=2, length=256, heads=4, kv_heads=2, size=8):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "model": 2}, {"fsdp": 2}])
+@jax.default_matmul_precision("highest")
 def test_it_is_jaxs_own_attention_on_every_mesh(is_causal, axes):
     q, k, v = draw()
     attend = functools.partial(jaxpar.splash_attention, is_causal=is_causal)

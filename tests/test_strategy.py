@@ -238,11 +238,13 @@ class Device:
         self.process_index = process_index
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(("processes", "shape", "axes", "spec", "parts"), PROCESSES.values(), ids=PROCESSES)
 def test_each_process_loads_its_part(parts_of, processes, shape, axes, spec, parts):
     assert parts_of(processes, shape, axes, spec, parts) == parts
 
 
+@pytest.mark.devices(8)
 def test_processes_that_interleave_are_named(parts_of):
     with pytest.raises(jaxpar.BatchError, match=r"\{'data': 8\} interleave among 2 processes"):
         parts_of([0, 1] * 4, (8,), ("data",), P("data"), [0])
@@ -351,6 +353,7 @@ def test_what_is_lowered_is_what_runs():
 # ---- random keys
 
 
+@pytest.mark.devices(8)
 @every_strategy
 def test_the_loss_gets_the_key_of_the_state_folded_with_the_step(kind):
     strategy = STRATEGIES[kind]()
@@ -377,6 +380,7 @@ def test_the_loss_gets_the_key_of_the_state_folded_with_the_step(kind):
 # ---- the value itself
 
 
+@pytest.mark.devices(8)
 @every_strategy
 def test_a_strategy_is_a_value_that_says_how_it_was_made(kind):
     strategy = STRATEGIES[kind]()

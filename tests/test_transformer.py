@@ -37,6 +37,7 @@ def test_no_byte_sees_a_later_one():
     assert (jnp.abs(before[:, 7:] - after[:, 7:]).max(axis=-1) > 1e-3).all()
 
 
+@jax.default_matmul_precision("highest")
 def test_grouped_heads_are_plain_heads_with_keys_and_values_shared():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 6, heads, 4)) for i, heads in enumerate((8, 2, 2)))
     shared = [jnp.repeat(x_BTKD, 4, axis=2) for x_BTKD in (k, v)]
@@ -65,6 +66,7 @@ def test_experts_add_their_penalty_to_each_rows_loss():
     np.testing.assert_allclose(trained - train_command.score_fn(model, batch, jax.random.key(0)), penalty_B, atol=1e-5)
 
 
+@jax.default_matmul_precision("highest")
 def test_rotated_products_depend_on_distance_alone():
     q, k = (jnp.tile(jax.random.normal(jax.random.key(i), (1, 1, 1, 16)), (1, 9, 1, 1)) for i in range(2))
     scores_TS = jnp.einsum("bthd,bshd->ts", rotate(q), rotate(k))
