@@ -1,6 +1,6 @@
 """A decoder of about 1 B parameters in bf16 on the GPUs that are there: tokens/s, MFU, memory, gap between steps.
 
-The figures of one H200 stand in README.md. `--tiny` runs on a CPU, to show that it runs.
+README.md has the figures of one H200. `--tiny` runs on a CPU, to show that it runs.
 
     python benchmarks/gpu.py [--mesh fsdp=8] [--batch-size 8] [--remat dots] [--json FILE]
 """
