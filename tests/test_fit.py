@@ -431,6 +431,16 @@ def test_a_chip_that_is_known_has_its_mfu_on_the_line():
     assert float(mfu) == pytest.approx(100 / float(ms), rel=0.02)
 
 
+def test_a_steps_time_on_the_line_is_that_of_steps_and_not_of_what_lies_between_them():
+    console = Console(force_terminal=True, file=io.StringIO(), width=150)
+    with show_steps(9, None, console) as show:
+        for number in range(1, 9):
+            show(number, {"loss": 2.0}, Work(512, "tokens"))
+            # The first steps compile, others wait for a save or an evaluation; the last one's save follows it.
+            time.sleep(0.4 if number in (1, 5, 8) else 0.02)
+    assert 20 <= float(re.findall(r"tokens/s  ([\d.]+) ms", plain(console.file.getvalue()))[-1]) < 100
+
+
 @pytest.mark.parametrize(
     ("kinds", "peak"), [(["cpu"], None), (["TPU v5 lite"] * 2, 394e12), (["TPU v6 lite"], 918e12), (["TPU v9"], None)]
 )
