@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxpar.evaluation import EvalStep, evaluate
-from jaxpar.lines import plain_lines
+from jaxpar.lines import plain_lines, tell_resume
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.profiling import Profile
 from jaxpar.source import BatchesEnded, Source, place_of_all
@@ -54,7 +54,7 @@ def fit(
     `checkpoint.every` steps, at the end, and when the process is asked to end (SIGTERM): then it leaves with code 143.
     A second SIGTERM ends it at once. On a terminal one live line tells step, loss, tokens/s, a step's time, model FLOPs
     utilisation where the chip is known, and how long it will take; elsewhere, without `on_step`, a plain line a minute
-    tells step, loss and a step's time. Without any of this it is
+    tells step, loss and a step's time. A line tells of a restart. Without any of this it is
 
         for batch in batches:
             state, metrics = train_step(state, strategy.shard_batch(batch))
@@ -93,7 +93,7 @@ def fit(
     """
     _check(train_step, state, steps, eval_step, checkpoint, nonfinite)
     _check_ends(batches, on_step)
-    options = _Options(train_step, steps, eval_step, checkpoint, nonfinite)
+    options = _Options(train_step, steps, eval_step, checkpoint, nonfinite, on_step is None)
     _check_profile(profile, steps)
     estimated = _seconds_of(estimate)
     tell = plain_lines(steps) if on_step is None else on_step
@@ -113,6 +113,7 @@ class _Options(NamedTuple):
     eval_step: tuple[EvalStep, Iterable[Any]] | None
     checkpoint: Checkpoints | None
     nonfinite: str
+    tells: bool
 
 
 class _Run:
@@ -169,6 +170,8 @@ class _Run:
             )
         state, place = self._restore(state, checkpoint)
         self.safe = int(state.step)
+        if self.options.tells:
+            tell_resume(self.safe, checkpoint.directory)
         return state, place
 
     def _restore(self, state: TrainState, checkpoint: Checkpoints) -> tuple[TrainState, Any]:

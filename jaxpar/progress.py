@@ -24,7 +24,7 @@ from jaxpar.work import Work
 Show = Callable[[int, dict[str, float], Work | None], None]
 # The time that is left follows from the last so many seconds, saves and evaluations included.
 _PERIOD_SECONDS = 300
-# A step's own time is the median of the last so many: a save, an evaluation or a compile between two steps is no step's.
+# A step's own time is the median of the last so many: a save, an evaluation or a compile between two is no step's.
 _STEPS = 1000
 # Each refresh takes a millisecond or two of a core, which on a small machine is the step's.
 _REFRESHES_A_SECOND = 1

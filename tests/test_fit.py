@@ -412,6 +412,17 @@ def test_where_errors_go_to_no_terminal_a_plain_line_a_minute_tells_how_it_goes(
     assert told == ["step 3 of 7  loss x", "step 6 of 7  loss x  2.5e+04 ms a step"]
 
 
+def test_one_line_tells_where_a_run_goes_on_unless_a_logger_of_the_users_own_can(step, tmp_path, capsys):
+    for steps, on_step, told in (
+        (2, None, ""),
+        (3, None, f"resumed from step 2 of {tmp_path}\n"),
+        (4, lambda number, metrics: None, ""),
+    ):
+        with jaxpar.Checkpoints(tmp_path) as checkpoints:
+            jaxpar.fit(step, start(step), batches, steps=steps, checkpoint=checkpoints, on_step=on_step)
+        assert capsys.readouterr() == ("", told)
+
+
 def test_a_logger_of_the_users_own_leaves_no_other_lines(step, capsys, monkeypatch):
     monkeypatch.setattr(lines, "_SECONDS", 0)
     jaxpar.fit(step, start(step), batches, steps=2, on_step=lambda number, metrics: None)
