@@ -99,6 +99,7 @@ CORE = [
     "rules",
     "batch",
     "state",
+    "dependence",
     "loss",
     "layout",
     "step",
