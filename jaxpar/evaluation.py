@@ -15,7 +15,7 @@ from jaxpar.batch import EXAMPLE_WEIGHT, BatchError, count_rows, pad_rows, read_
 from jaxpar.loss import Weighted, call_model, grow, mean_value, sum_values
 from jaxpar.state import StateError, TrainState
 from jaxpar.step import RecompileWarning, Step
-from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy
+from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, check_takes
 
 
 @struct.dataclass
@@ -103,6 +103,7 @@ def make_eval_step(
     check_strategy(strategy)
     if not callable(fn):
         raise TypeError(f"fn is {fn!r}; give a function fn(model, batch, rng).")
+    check_takes(fn, "fn", "model", "batch", "rng")
 
     def eval_step(state: TrainState, batch: Any) -> tuple[list[Any], list[Any], _Shape]:
         if not isinstance(state, TrainState):

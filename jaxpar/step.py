@@ -1,6 +1,8 @@
 """`Step`: a function compiled for a strategy, and what it checks of its arguments before any compile."""
 
 import functools
+import inspect
+import itertools
 import math
 import time
 import warnings
@@ -177,7 +179,7 @@ class Step:
                 f"{_describe_change(batch, before, self.strategy.engine.example_dims)}: the step compiled again, in "
                 f"{seconds:.1f} s. Pad every batch with jaxpar.pad_batch to keep one shape.",
                 RecompileWarning,
-                stacklevel=3,
+                stacklevel=_level_of_caller(),
             )
         self._runs[key], self._batches[key[0]] = run, jax.tree.map(jax.typeof, batch)
         self._state_shapes[key[0]] = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
@@ -207,6 +209,11 @@ class Step:
                 )
 
     def _check_state(self, state: Any) -> None:
+        if inspect.isroutine(state):
+            raise StateError(
+                f"The state is the function {getattr(state, '__name__', state)}; give a state, or for an init_fn "
+                "strategy.abstract_state(init_fn)."
+            )
         mesh_devices = set(self.strategy.mesh.devices.flat)
         for path, leaf in named_leaves(state):
             devices = getattr(getattr(leaf, "sharding", None), "device_set", ())
@@ -253,6 +260,16 @@ class Step:
                     "make a step of its own for another model."
                 )
         return None
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` at which whoever asks for it warns at the line that called jaxpar."""
+    frame = inspect.currentframe()
+    for level in itertools.count():
+        if frame is None or not frame.f_globals.get("__name__", "").startswith("jaxpar."):
+            return level
+        frame = frame.f_back
+    return 1
 
 
 def _check_untraced(state: Any, batch: Any) -> None:

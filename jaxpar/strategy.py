@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -288,6 +289,21 @@ def check_strategy(strategy: Any) -> None:
         )
 
 
+def check_takes(fn: Any, name: str, *arguments: str) -> None:
+    """Raises StateError, a TypeError, unless the function takes these arguments; one of C's may not tell."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise StateError(
+            f"{name} takes {signature}, but is called as {name}({', '.join(arguments)}); let it take "
+            f"{f'these {len(arguments)}' if len(arguments) > 1 else 'this one'}."
+        ) from None
+
+
 def param_specs(layout: Layout) -> dict[str, PartitionSpec]:
     """Returns the spec of each parameter by its path."""
     return {row.path: row.spec for row in layout.rows if row.path.startswith("params/")}
@@ -302,6 +318,7 @@ def _split_init(init_fn: Callable[[jax.Array], TrainState]) -> Callable[[jax.Arr
             "jaxpar.TrainState.create(Model(rngs=nnx.Rngs(rng)), optax.adam(1e-3)). A state that exists is placed by "
             "strategy.place."
         )
+    check_takes(init_fn, "init_fn", "rng")
 
     def init(rng: jax.Array) -> TrainState:
         init_key, state_key = jax.random.split(rng)

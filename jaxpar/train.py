@@ -18,7 +18,7 @@ from jaxpar.layout import Layout
 from jaxpar.loss import LossError, Weighted, call_model, grow, mean_value, read_loss, sum_values
 from jaxpar.state import StateError, Static, TrainState, join_params, leaf_path, split_params
 from jaxpar.step import Step
-from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, param_specs
+from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, check_takes, param_specs
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
 _OWN_METRICS = ("loss", "grad_norm", "skipped")
@@ -71,6 +71,7 @@ def make_train_step(
     check_strategy(strategy)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn is {loss_fn!r}; give a function loss_fn(model, batch, rng) -> (loss, metrics).")
+    check_takes(loss_fn, "loss_fn", "model", "batch", "rng")
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         _check_state(state, compute_dtype)

@@ -107,6 +107,17 @@ def train_linen(returned, collections=None):
     )
 
 
+def train_norm(use_running_average, *updates, strategy=None, **options):
+    """Trains linen's BatchNorm, whose statistics the loss function gives back only as `updates`."""
+    layer = linen.BatchNorm(use_running_average)
+
+    def loss(variables, batch, rng):
+        y, _ = layer.apply(variables, batch["x"], mutable=["batch_stats"])
+        return (y**2).mean(), {}, *updates
+
+    return train(loss, strategy=strategy, make_state=lambda rng: create(layer.init(rng, BATCH["x"])), **options)
+
+
 def measure(model, batch):
     return (model(batch["x"]) ** 2).mean()
 
@@ -657,6 +668,14 @@ STATES = {
         "compute_dtype is float16, but the state has no dynamic_scale: its gradients would underflow. Create it with "
         "TrainState.create(..., dynamic_scale=flax.training.dynamic_scale.DynamicScale()).",
     ),
+    "a loss in place of init_fn": (
+        lambda: data().init(loss_fn, KEY),
+        "init_fn takes (model, batch, rng), but is called as init_fn(rng); let it take this one.",
+    ),
+    "an init_fn in place of a state, to lower": (
+        lambda: make_train_step(loss_fn, data()).lower(init_fn, BATCH),
+        "The state is the function init_fn; give a state, or for an init_fn strategy.abstract_state(init_fn).",
+    ),
     "updates of a collection that the state lacks": (
         lambda: train_linen({"cache": {}}),
         "loss_fn returned updates for ['cache'], but the state holds the collections []; return those alone, or give "
@@ -945,6 +964,16 @@ LOSSES = {
         lambda: evaluate(make_eval_step(lambda model, batch, rng: jnp.ones((3, 2)), data()), start(data()), [BATCH]),
         ["shape (3, 2)", "one value an example (16 here)"],
     ),
+    "BatchNorm whose updates are dropped": (
+        lambda: train_norm(False),
+        "loss_fn returned 2 values, but the state holds 'batch_stats', which the loss neither uses nor updates: "
+        "BatchNorm's running averages would stay as they are. Give (loss, metrics, updates), as of y, updates = "
+        "module.apply(variables, x, mutable=['batch_stats']); or {} as updates to leave them.",
+    ),
+    "BatchNorm whose updates are dropped, under pmap": (
+        lambda: train_norm(False, strategy=pmap()),
+        ["neither uses nor updates", "mutable=['batch_stats']"],
+    ),
     "text, to evaluate": (
         lambda: evaluate(make_eval_step(lambda model, batch, rng: "x", data()), start(data()), [BATCH]),
         ["'x'", "give a scalar"],
@@ -955,6 +984,18 @@ ARGUMENTS = {
     "a loss that is no function": (
         lambda: make_train_step(3, data()),
         "loss_fn is 3; give a function loss_fn(model, batch, rng) -> (loss, metrics).",
+    ),
+    "a loss without its key": (
+        lambda: make_train_step(lambda model, batch: (1.0, {}), data()),
+        "loss_fn takes (model, batch), but is called as loss_fn(model, batch, rng); let it take these 3.",
+    ),
+    "an init_fn in place of a loss": (
+        lambda: make_train_step(init_fn, data()),
+        "loss_fn takes (rng), but is called as loss_fn(model, batch, rng); let it take these 3.",
+    ),
+    "an evaluation without its key": (
+        lambda: make_eval_step(lambda model, batch: 1.0, data()),
+        "fn takes (model, batch), but is called as fn(model, batch, rng); let it take these 3.",
     ),
     "strategy and loss exchanged": (
         lambda: make_train_step(data(), loss_fn),
@@ -1090,3 +1131,10 @@ def test_an_error_of_the_users_own_function_comes_through_as_it_is():
         layout([("kernel", lambda leaf, mesh, so_far: 1 / 0), (".*", P())])
     with pytest.raises(KeyError, match="missing"):
         train(lambda model, batch, rng: batch["missing"].sum())
+
+
+@pytest.mark.parametrize(("use_running_average", "updates"), [(True, ()), (True, ({},)), (False, ({},))])
+@pytest.mark.parametrize("options", [{}, {"num_microbatches": 2}], ids=str)
+def test_batchnorm_that_uses_its_averages_or_is_told_to_leave_them_trains(use_running_average, updates, options):
+    state, _ = train_norm(use_running_average, *updates, **options)
+    assert float(abs(state.model_state["batch_stats"]["mean"]).max()) == 0
