@@ -179,13 +179,16 @@ def check_no_axis_is(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> None:
 def fake_devices(count: int = 8) -> list[jax.Device]:
     """Returns `count` CPU devices, made up on this machine's one CPU: what tests and notebooks run a mesh on.
 
-    Call it before anything else uses JAX, since JAX counts its devices once. Other devices stay beside them.
+    Call it before anything else uses JAX, since JAX counts its devices once. Other devices stay beside them: where
+    there are more, give what it returns to `make_mesh(devices=...)`.
 
     Raises:
       MeshError: JAX has started already, with fewer CPU devices, or may not use CPUs.
 
     >>> len(fake_devices(8))
     8
+    >>> dict(make_mesh(devices=fake_devices(4), data=-1).shape)
+    {'data': 4}
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise MeshError(f"count is {count!r}; give a whole number of devices, 1 or more.")
