@@ -49,7 +49,11 @@ _GRACE_SECONDS = 2
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was passed over or could not be written, or a run went back to one: what happened, and what now."""
+    """A checkpoint was passed over or could not be written, or a run went back to one: what happened, and what now.
+
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", CheckpointWarning)  # a run in here ends where it would only be told
+    """
 
 
 class _Saving(NamedTuple):
@@ -167,9 +171,10 @@ class Checkpoints:
         leaves = {
             path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in named.items() if leaf.size
         }
-        if not leaves or _as_json(data) != data:
-            what = f"data is {data!r}; give what JSON takes" if leaves else "The state has no array that holds anything"
-            raise CheckpointError(f"{what}.")
+        if not leaves:
+            raise CheckpointError("The state has no array that holds anything; give one that does.")
+        if _as_json(data) != data:
+            raise CheckpointError(f"data is {data!r}; give what JSON takes.")
         content = {
             "step": number,
             "data": data,

@@ -29,6 +29,9 @@ class Batches:
       seed: of the order.
       epochs: how often each example comes; None for without end.
       part: which of the parts this process loads, and how many there are.
+
+    >>> len(Batches(list(range(10)), batch_size=4, seed=0, epochs=2, part=(0, 1)))
+    5
     """
 
     source: Any
@@ -121,7 +124,7 @@ def load(source: Any, strategy: Strategy, *, batch_size: int, seed: int = 0, epo
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise DataError(f"source is a {type(source).__name__}; give what has a length and examples by their number.")
     if not len(source):
-        raise DataError("source has no example.")
+        raise DataError("source has no example; give one with at least as many as batch_size.")
     if not isinstance(source[0], Mapping):
         raise DataError(
             f"An example is a {type(source[0]).__name__}; give dicts of arrays, as {{'x': x, 'y': y}}; of a text file "

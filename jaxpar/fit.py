@@ -251,7 +251,9 @@ class _Run:
         with _warned():
             checkpoint.wait()
         if checkpoint.latest() is None:
-            raise FitError(f"{told} There is no checkpoint to go back to: none was saved before it.")
+            raise FitError(
+                f"{told} There is no checkpoint to go back to: none was saved before it. Save more often, by every=."
+            )
         self.watch.forget()
         state, _ = self._restore(state, checkpoint)
         reached = int(state.step)
@@ -383,7 +385,9 @@ def _check_profile(profile: Any, steps: int) -> None:
     try:
         pathlib.Path(profile.directory).mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError, ValueError) as error:
-        raise FitError(f"The profile's folder {str(profile.directory)!r} can't be made: {error}.") from error
+        raise FitError(
+            f"The profile's folder {str(profile.directory)!r} can't be made: {error}; give another."
+        ) from error
 
 
 def _seconds_of(estimate: Any) -> float | None:

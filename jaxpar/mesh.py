@@ -228,7 +228,7 @@ def _parse_sizes(spec: str, sizes: Mapping[str, int]) -> dict[str, int]:
             raise MeshError(f"Mesh {spec!r} has the part {part!r}; write axis=size, as in 'data=2,model=4'.") from None
         check_axis_name(axis)
         if axis in parsed:
-            raise MeshError(f"Mesh {spec!r} gives axis {axis!r} twice: {parsed[axis]} and {number}.")
+            raise MeshError(f"Mesh {spec!r} gives axis {axis!r} twice: {parsed[axis]} and {number}; give one.")
         parsed[axis] = number
     return parsed
 
@@ -288,7 +288,9 @@ def _check_slices(shape: dict[str, int], slices: Any, axis: str, found: dict[int
             "needs as many. slice_of=lambda device: ... tells which slice a device is on."
         )
     if shape[axis] % slices:
-        raise MeshError(f"Mesh axis {axis!r} of size {shape[axis]} does not divide by {slices} slices.")
+        raise MeshError(
+            f"Mesh axis {axis!r} of size {shape[axis]} does not divide by {slices} slices; give a multiple of it."
+        )
 
 
 def _fill_in(shape: dict[str, int], devices: np.ndarray) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import itertools
 import math
 import time
 import warnings
@@ -16,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten
 
 from jaxpar.batch import BatchError, match_path, name_leaf
+from jaxpar.blame import level_of_caller
 from jaxpar.layout import Layout
 from jaxpar.state import StateError, TrainState, named_leaves, split_params
 
@@ -26,7 +26,11 @@ StepFn = Callable[[Any, Any], Any]
 
 
 class RecompileWarning(UserWarning):
-    """A batch of another shape made a step compile again."""
+    """A batch of another shape made a step compile again.
+
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", RecompileWarning)  # what runs here fails where it would compile again
+    """
 
 
 class DriftError(ValueError):
@@ -78,6 +82,12 @@ class Step:
       compute_dtype: what it casts floating-point parameters to; None if it doesn't.
       carries_state: whether it gives back the state, and takes over its memory.
       compiler_options: XLA's, by name; None for its own.
+
+    >>> import jaxpar
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    >>> step = strategy.compile(lambda state, batch: (state + batch["x"].sum(), {}))
+    >>> float(step(strategy.place(jnp.ones(())), strategy.shard_batch({"x": jnp.ones(16)}))[0])
+    17.0
     """
 
     def __init__(
@@ -179,7 +189,7 @@ class Step:
                 f"{_describe_change(batch, before, self.strategy.engine.example_dims)}: the step compiled again, in "
                 f"{seconds:.1f} s. Pad every batch with jaxpar.pad_batch to keep one shape.",
                 RecompileWarning,
-                stacklevel=_level_of_caller(),
+                stacklevel=level_of_caller(),
             )
         self._runs[key], self._batches[key[0]] = run, jax.tree.map(jax.typeof, batch)
         self._state_shapes[key[0]] = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
@@ -260,16 +270,6 @@ class Step:
                     "make a step of its own for another model."
                 )
         return None
-
-
-def _level_of_caller() -> int:
-    """The `stacklevel` at which whoever asks for it warns at the line that called jaxpar."""
-    frame = inspect.currentframe()
-    for level in itertools.count():
-        if frame is None or not frame.f_globals.get("__name__", "").startswith("jaxpar."):
-            return level
-        frame = frame.f_back
-    return 1
 
 
 def _check_untraced(state: Any, batch: Any) -> None:

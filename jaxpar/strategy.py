@@ -277,7 +277,7 @@ def check_compute_dtype(dtype: Any) -> None:
     if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise ValueError(
             f"compute_dtype is {dtype!r}, which JAX keeps as {jax.dtypes.canonicalize_dtype(dtype)} unless "
-            "jax_enable_x64 is set."
+            "jax_enable_x64 is set; set it, or give that one."
         )
 
 

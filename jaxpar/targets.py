@@ -120,7 +120,7 @@ def target_devices(target: Target) -> np.ndarray:
       TargetError: libtpu isn't installed, or refuses.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise TargetError(f"target {target} needs the TPU compiler, which runs on this machine too: {_INSTALL}")
+        raise TargetError(f"target {target} needs the TPU compiler, which runs on this machine too: {_INSTALL}.")
     # It would ask a metadata server what machine this is, and take a lock file for chips that aren't here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -286,7 +286,8 @@ def _differences(step: int, got: tuple[Any, Any], expected: tuple[Any, Any]) -> 
     if "metrics/skipped" not in ours:
         theirs.pop("metrics/skipped")
     if ours.keys() != theirs.keys():
-        raise AssertionError(f"The step's metrics and state differ in {sorted(ours.keys() ^ theirs.keys())}.")
+        odd = sorted(ours.keys() ^ theirs.keys())
+        raise AssertionError(f"The step's metrics and state differ in {odd}; let loss_fn give the same on any mesh.")
     return [_difference(step, what, np.asarray(ours[what]), np.asarray(theirs[what])) for what in ours]
 
 
@@ -390,7 +391,7 @@ def _count_compiles(step: Callable, strategy: Strategy) -> Callable:
         if shapes in seen and compiles:
             raise AssertionError(
                 f"The step of {strategy.name} compiled {len(compiles)} times more for a batch of the same shape: its "
-                "state changed its shapes or its layout from one step to the next."
+                "state changed its shapes or its layout from one step to the next; keep them."
             )
         seen.add(shapes)
         return result

@@ -124,9 +124,15 @@ BAD_ARGUMENTS = {
     "empty text": (["train", "--text", "empty"], "gives 0 bytes to train on and 0 held out, from 0 text files"),
     "tiny text": (["train", "--text", "tiny"], "each part needs at least 65; give more text."),
     "text shorter than a row": (["train", "--seq-len", "1000000", "--text", "long"], "needs at least 1,000,001"),
-    "out is a file": (["train", "--out", "tiny"], "--out 'tiny' can't be written: File exists: 'tiny'."),
+    "out is a file": (
+        ["train", "--out", "tiny"],
+        "--out 'tiny' can't be written: File exists: 'tiny'; give another folder.",
+    ),
     "out below a file": (["train", "--out", "tiny/x"], "--out 'tiny/x' can't be written: Not a directory"),
-    "log is a folder": (["train", "--out", "folder"], "can't be written: Is a directory: 'folder/log.jsonl'."),
+    "log is a folder": (
+        ["train", "--out", "folder"],
+        "can't be written: Is a directory: 'folder/log.jsonl'; give another folder.",
+    ),
     "doctor takes nothing": (["doctor", "well"], "unrecognized arguments: well"),
 }
 
@@ -349,7 +355,7 @@ def test_without_arguments_it_says_what_there_is(capsys, monkeypatch):
     assert main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    listed = re.findall(r"^ +(\w+) ", err, re.MULTILINE)
+    listed = re.findall(r"^ +(\w+)", err, re.MULTILINE)
     assert {"train", "inspect", "estimate", "checkpoint", "launch", "doctor"} <= set(listed)
 
 

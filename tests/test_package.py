@@ -102,6 +102,7 @@ CORE = [
     "dependence",
     "loss",
     "layout",
+    "blame",
     "step",
     "initialisers",
     "carries",
@@ -185,14 +186,6 @@ SHOWN_ELSEWHERE = VALUES | {
     "testing",
     "ExpertKernels",
     "MoELosses",
-    "RecompileWarning",
-    "CheckpointWarning",
-    "Estimate",
-    "LayoutRow",
-    "Leaf",
-    "Step",
-    "EvalStep",
-    "Inspection",
 }
 SHOWN_ELSEWHERE |= {name for name in PUBLIC if name.endswith("Error")}
 

@@ -107,6 +107,12 @@ def assert_fits(train_step: Any, state: Any, batch: Any, *, hbm_fraction: float 
       AssertionError: the message gives what it needs, what there is, and the largest leaves.
       ValueError: the mesh is of no target, or the fraction isn't one.
       InspectionError, StateError, BatchError, AheadError: as `jaxpar.inspect`.
+
+    >>> import jaxpar
+    >>> step = jaxpar.sharded(jaxpar.make_mesh(data=8)).compile(lambda state, batch: (state, batch))
+    >>> assert_fits(step, None, None, hbm_fraction=90)
+    Traceback (most recent call last):
+    ValueError: ...
     """
     if isinstance(hbm_fraction, bool) or not isinstance(hbm_fraction, int | float) or not 0 < hbm_fraction <= 1:
         raise ValueError(f"hbm_fraction is {hbm_fraction!r}; give a part of the memory, more than 0 and up to 1.")
