@@ -20,6 +20,7 @@ from jaxpar.source import BatchesEnded, Source, place_of_all
 from jaxpar.state import TrainState, named_leaves
 from jaxpar.step import Step
 from jaxpar.watch import OnStep, Watch, watching
+from jaxpar.whole import is_whole
 
 # How often to go back to one checkpoint.
 _RETURNS = 3
@@ -339,7 +340,7 @@ def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: 
         raise FitError(f"train_step is a {type(train_step).__name__}; give what jaxpar.make_train_step returns.")
     if not isinstance(state, TrainState) or not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state)):
         raise FitError(f"state is a {type(state).__name__}; give a TrainState on devices, as strategy.init returns.")
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
+    if not is_whole(steps, least=0):
         raise FitError(f"steps is {steps!r}; give a whole number, 0 or more: how many in all.")
     if eval_step is not None and not (
         isinstance(eval_step, tuple) and len(eval_step) == 2 and isinstance(eval_step[0], EvalStep)
@@ -375,9 +376,7 @@ def _check_profile(profile: Any, steps: int) -> None:
     if not isinstance(profile, Profile):
         raise FitError(f"profile is {profile!r}; give jaxpar.Profile(directory, first, last).")
     ends = profile.first, profile.last
-    if any(isinstance(end, bool) or not isinstance(end, int | np.integer) for end in ends) or not (
-        1 <= profile.first <= profile.last <= steps
-    ):
+    if not all(map(is_whole, ends)) or not (1 <= profile.first <= profile.last <= steps):
         raise FitError(
             f"profile is of the steps {profile.first!r} to {profile.last!r}, but the run's are 1 to {steps}; give two "
             "of these, the smaller first."

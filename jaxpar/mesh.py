@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxpar.targets import read_target, target_devices, target_of
+from jaxpar.whole import is_whole
 
 AXES = ("data", "fsdp", "stage", "expert", "context", "model")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -73,7 +74,7 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
     sizes = sizes or {"data": -1}
     for axis, size in sizes.items():
         check_axis_name(axis)
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or (size < 1 and size != -1):
+        if not is_whole(size, least=-1) or not size:
             raise MeshError(f"Mesh axis {axis!r} has size {size!r}; a size is a whole number, 1 or more, or -1 once.")
     if target is not None and devices is not None:
         raise MeshError(f"devices= and target={target!r} are given; a target brings its own devices.")
@@ -190,14 +191,14 @@ def fake_devices(count: int = 8) -> list[jax.Device]:
     >>> dict(make_mesh(devices=fake_devices(4), data=-1).shape)
     {'data': 4}
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not is_whole(count):
         raise MeshError(f"count is {count!r}; give a whole number of devices, 1 or more.")
     platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "cpu" not in platforms.split(","):
         raise MeshError(f"Fake devices are CPU devices, but JAX_PLATFORMS={platforms} rules CPUs out; unset it.")
     # Once JAX has started it refuses; that is right if it did so with enough devices, which the count below tells.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", int(count))
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise MeshError(
@@ -272,7 +273,7 @@ def _process_is_slice(devices: np.ndarray) -> bool:
 
 
 def _check_slice_count(slices: Any) -> None:
-    if isinstance(slices, bool) or not isinstance(slices, int | np.integer) or slices < 1:
+    if not is_whole(slices):
         raise MeshError(f"slices is {slices!r}; give a whole number, 1 or more.")
 
 

@@ -9,6 +9,8 @@ import fractions
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from jaxpar.whole import is_whole
+
 SCHEDULES = ("gpipe", "1f1b")
 
 
@@ -171,7 +173,7 @@ def format_timeline(tasks: Sequence[Task]) -> str:
 
 def _check_counts(stages: Any, microbatches: Any) -> None:
     for what, count in (("stages", stages), ("microbatches", microbatches)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_whole(count):
             raise ScheduleError(f"{what} is {count!r}; give a whole number, 1 or more.")
 
 
@@ -181,8 +183,11 @@ def _read_tasks(tasks: Any) -> list[Task]:
     if not listed:
         raise ScheduleError(f"The tasks are {tasks!r}; give at least one, as make_schedule('1f1b', 2, 4) returns them.")
     for task in listed:
-        is_whole = lambda number: isinstance(number, int) and not isinstance(number, bool) and number >= 0
-        if not isinstance(task, Task) or not all(map(is_whole, task[:3])) or task.kind not in ("F", "B"):
+        if (
+            not isinstance(task, Task)
+            or not all(is_whole(number, least=0) for number in task[:3])
+            or task.kind not in ("F", "B")
+        ):
             raise ScheduleError(
                 f"{task!r} is no task; give jaxpar.schedule.Task(tick, stage, microbatch, kind): whole numbers from 0 "
                 "on, and 'F' or 'B'."

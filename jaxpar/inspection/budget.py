@@ -5,12 +5,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxpar.inspection.collectives import KINDS
 from jaxpar.inspection.report import inspect
 from jaxpar.layout import format_bytes
 from jaxpar.mesh import AXES
+from jaxpar.whole import is_whole
 
 _NO_AXIS = "-"
 
@@ -88,7 +87,7 @@ def _read_budget(budget: Any) -> dict[str, int]:
                 f"The budget has {name!r}; write a kind and axes, as 'all-reduce data' or 'all-gather fsdp,model'. "
                 f"Kinds are {', '.join(KINDS)}; axes are {', '.join(AXES)}."
             )
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+        if not is_whole(count, least=0):
             raise ValueError(f"The budget has {count!r} for {name!r}; give a whole number of bytes, 0 for none.")
         read[f"{kind} {','.join(sorted(named, key=AXES.index)) or _NO_AXIS}"] = int(count)
     return read
