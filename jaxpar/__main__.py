@@ -20,7 +20,8 @@ _SIZES_GIVEN = dict.fromkeys(DEMO_SIZES, argparse.SUPPRESS)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code of `jaxpar` run with the arguments, by default those of the process.
 
-    0: all is well; 1: it was not (a loss that is no number, a violated pin); 2: bad arguments; 130: interrupted.
+    0: all is well; 1: it was not (a loss that is no number, a violated pin); 2: bad arguments, or
+    none; 130: interrupted.
 
     >>> main(["doctor"])
     Python ...
@@ -28,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0
     """
     try:
-        options = _make_parser().parse_args(arguments)
+        parser = _make_parser()
+        if not (sys.argv[1:] if arguments is None else arguments):
+            parser.print_help(sys.stderr)
+            return 2
+        options = parser.parse_args(arguments)
         return options.run(options)
     except UsageError as error:
         print(f"jaxpar: {' '.join(str(error).split())}", file=sys.stderr)

@@ -60,7 +60,9 @@ def all_ready(get_ready: Callable[[], None]) -> None:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
         if failed.size and error is None:
             which = ", ".join(map(str, failed))
-            raise CheckpointError(f"Process {which} can't save, and says why; so none of {jax.process_count()} does.")
+            raise CheckpointError(
+                f"Process {which} can't save, and says why; so none of {jax.process_count()} does. Mend it there."
+            )
     if error is not None:
         raise error
 
@@ -80,7 +82,9 @@ def agree(choose: Callable[[], int]) -> int:
             error = failed
     chosen = int(multihost_utils.broadcast_one_to_all(jnp.int32(chosen)))
     if chosen < 0:
-        raise error or CheckpointError("The first process found no checkpoint to restore; it says why.")
+        raise error or CheckpointError(
+            "The first process found no checkpoint to restore, and says why; do what it says, in a folder that all see."
+        )
     return chosen
 
 

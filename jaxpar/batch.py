@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.whole import is_whole
+
 EXAMPLE_WEIGHT = "example_weight"
 
 
@@ -55,7 +57,10 @@ def count_rows(batch: Any, is_shared: Callable[[str], bool] = lambda path: False
         if np.ndim(leaf) and not is_shared(match_path(path))
     ]
     if not counted:
-        raise BatchError("The batch has no leaf with a dim of examples; at least one must have it first.")
+        raise BatchError(
+            f"The batch has no leaf with a dim of examples: each of its {len(jax.tree.leaves(batch))} is a scalar, or "
+            "kept whole; give at least one array with the examples in dim 0."
+        )
     first, shape = counted[0]
     for name, other in counted[1:]:
         if other[0] != shape[0]:
@@ -64,7 +69,9 @@ def count_rows(batch: Any, is_shared: Callable[[str], bool] = lambda path: False
                 "dim, or, for one without rows, a batch rule (regex, jaxpar.WHOLE) and pad_batch(..., whole=[regex])."
             )
     if not shape[0]:
-        raise BatchError(f"Batch leaf {first} has the shape {shape}: 0 examples; at least 1 is needed.")
+        raise BatchError(
+            f"Batch leaf {first} has the shape {shape}: 0 examples; at least 1 is needed: leave such a batch out."
+        )
     return shape[0]
 
 
@@ -86,7 +93,7 @@ def pad_batch(batch: Mapping[str, Any], multiple: int, *, whole: Sequence[str] =
     >>> pad_batch({"x": np.arange(3)}, 4)["example_weight"]
     array([1., 1., 1., 0.], dtype=float32)
     """
-    if isinstance(multiple, bool) or not isinstance(multiple, int | np.integer) or multiple < 1:
+    if not is_whole(multiple):
         raise BatchError(f"multiple is {multiple!r}; give a whole number, 1 or more, as strategy.num_shards.")
     if isinstance(whole, str) or not all(isinstance(pattern, str) for pattern in whole):
         raise BatchError(f"whole= is {whole!r}; give a list of regexes, as ['table'].")
@@ -135,7 +142,9 @@ def check_weight(batch: Any, rows: int) -> None:
         return
     least = np.asarray(weight).min(initial=0)
     if not least >= 0:
-        raise BatchError(f"Batch leaf [{EXAMPLE_WEIGHT!r}] holds {least}; a weight is 0 or more.")
+        raise BatchError(
+            f"Batch leaf [{EXAMPLE_WEIGHT!r}] holds {least}; a weight is 0 or more: give 0 to leave an example out."
+        )
 
 
 def name_leaf(path: tuple) -> str:
@@ -156,7 +165,10 @@ def _is_number_list(node: Any) -> bool:
 
 def _read_leaf(leaf: Any, name: str) -> Any:
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
-        raise BatchError(f"Batch leaf {name} was deleted: a step that it was given to as state took over its memory.")
+        raise BatchError(
+            f"Batch leaf {name} was deleted: a step that it was given to as state took over its memory; give a copy to "
+            "one of the two, as x.copy()."
+        )
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return leaf
     try:
@@ -186,13 +198,13 @@ def _read_leaf(leaf: Any, name: str) -> Any:
         if low < limits.min or high > limits.max:
             raise BatchError(
                 f"Batch leaf {name} holds {array.dtype} values from {low} to {high}, but JAX keeps {narrow} "
-                f"({limits.min} to {limits.max}) unless jax_enable_x64 is set."
+                f"({limits.min} to {limits.max}) unless jax_enable_x64 is set; set it, or make them smaller."
             )
     with np.errstate(over="ignore"):
         narrowed = array.astype(narrow, copy=False)
     if narrow != array.dtype and array.dtype.kind in "fc" and np.isinf(narrowed).sum() > np.isinf(array).sum():
         raise BatchError(
             f"Batch leaf {name} holds {array.dtype} values up to {np.abs(array).max()}, but JAX keeps {narrow} (up to "
-            f"{np.finfo(narrow).max}) unless jax_enable_x64 is set."
+            f"{np.finfo(narrow).max}) unless jax_enable_x64 is set; set it, or scale them."
         )
     return narrowed

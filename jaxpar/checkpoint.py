@@ -25,7 +25,7 @@ from jaxpar.manifest import (
     read_manifest,
     write_manifest,
 )
-from jaxpar.saved_files import BEFORE, check_files, put_back, read_content, remove, replace, step_of
+from jaxpar.saved_files import BEFORE, FAILED, NEW, check_files, put_back, read_content, remove, replace, step_of
 from jaxpar.saved_leaves import (
     CheckpointError,
     abstract_leaf,
@@ -38,18 +38,19 @@ from jaxpar.saved_leaves import (
     size_of,
 )
 from jaxpar.state import is_key, named_leaves
+from jaxpar.whole import is_whole
 
-# A file beside the checkpoints, named by the step that a process could not write.
-_FAILED = ".jaxpar-failed"
-# One that is to take another's place, once it is whole.
-_NEW = ".jaxpar-new"
 # How long a process waits for the others' parts: Orbax doesn't learn that one of them failed. At most its own default.
 _LEAST_SECONDS, _BYTES_A_SECOND, _MOST_SECONDS = 120, 10**7, 1200
 _GRACE_SECONDS = 2
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was passed over or could not be written, or a run went back to one: what happened, and what now."""
+    """A checkpoint was passed over or could not be written, or a run went back to one: what happened, and what now.
+
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", CheckpointWarning)  # a run in here ends where it would only be told
+    """
 
 
 class _Saving(NamedTuple):
@@ -111,7 +112,7 @@ class Checkpoints:
         for name, number in (("every", every), ("keep", keep)):
             if number is None and name == "keep":
                 continue
-            if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+            if not is_whole(number):
                 raise CheckpointError(f"{name} is {number!r}; give a whole number, 1 or more.")
         self.directory, self.every, self.keep = pathlib.Path(directory).absolute(), int(every), keep
         self._saving: _Saving | None = None
@@ -167,9 +168,10 @@ class Checkpoints:
         leaves = {
             path: jax.random.key_data(leaf) if is_key(leaf) else leaf for path, leaf in named.items() if leaf.size
         }
-        if not leaves or _as_json(data) != data:
-            what = f"data is {data!r}; give what JSON takes" if leaves else "The state has no array that holds anything"
-            raise CheckpointError(f"{what}.")
+        if not leaves:
+            raise CheckpointError("The state has no array that holds anything; give one that does.")
+        if _as_json(data) != data:
+            raise CheckpointError(f"data is {data!r}; give what JSON takes.")
         content = {
             "step": number,
             "data": data,
@@ -180,12 +182,12 @@ class Checkpoints:
         all_ready(lambda: self._get_ready(number, sum(leaf.nbytes for leaf in leaves.values())))
         # Orbax would remove the one that is there before it writes.
         is_there = agree(lambda: has_manifest(self._folder(number)))
-        folder = self._folder(number).with_name(f"{number}{_NEW}") if is_there else self._folder(number)
+        folder = self._folder(number).with_name(f"{number}{NEW}") if is_there else self._folder(number)
         with explained(f"Step {number} can't be saved in {self.directory}"):
             response = _save_async(folder, leaves)
         if jax.process_index() == 0:
             # By now all processes have seen it.
-            for path in self.directory.glob(f"*{_FAILED}"):
+            for path in self.directory.glob(f"*{FAILED}"):
                 remove(path)
         failed: list[Exception] = []
         thread = threading.Thread(target=self._finish, args=(response, folder, content, failed), daemon=True)
@@ -241,7 +243,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, it is damaged, or its leaves, shapes or dtypes are not those that are needed.
         """
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer)):
+        if step is not None and not is_whole(step, least=0):
             raise CheckpointError(f"step is {step!r}; give a whole number, one of {self.steps}.")
         self.wait()
         chosen = agree(lambda: self._choose(step, verify))
@@ -296,11 +298,11 @@ class Checkpoints:
             if is_first and jax.process_count() > 1:
                 # A file that holds nothing can be made though the disk is full.
                 with contextlib.suppress(OSError):
-                    (self.directory / f"{number}{_FAILED}").touch()
+                    (self.directory / f"{number}{FAILED}").touch()
 
     def _join(self, saving: "_Saving") -> Exception | None:
         """Waits for a save, and returns why it failed: here, or elsewhere, which Orbax learns minutes later."""
-        marker = self.directory / f"{saving.number}{_FAILED}"
+        marker = self.directory / f"{saving.number}{FAILED}"
         while saving.thread.is_alive():
             saving.thread.join(1)
             if jax.process_count() > 1 and marker.exists() and saving.thread.is_alive():
@@ -325,7 +327,7 @@ class Checkpoints:
     def _clear_up(self) -> None:
         """Removes what a save that failed or was cut off has left: it takes room. Only the one that writes does so."""
         put_back(self.directory)
-        left = [path for end in (".orbax-checkpoint-tmp*", _NEW, BEFORE) for path in self.directory.glob(f"*{end}")]
+        left = [path for end in (".orbax-checkpoint-tmp*", NEW, BEFORE) for path in self.directory.glob(f"*{end}")]
         if self._unfinished is not None and not has_manifest(self._folder(self._unfinished)):
             left.append(self._folder(self._unfinished))
         self._unfinished = None

@@ -26,7 +26,9 @@ def list_checkpoints(options: argparse.Namespace) -> int:
     steps = sorted(step for path in directory.iterdir() if (step := step_of(path.name)) is not None)
     folders = [directory / str(step) for step in steps]
     if not folders:
-        raise UsageError(f"{directory} holds no checkpoints.")
+        raise UsageError(
+            f"{directory} holds no checkpoints; give the folder that Checkpoints or --checkpoint was given."
+        )
     found = [_describe(folder, options.verify) for folder in folders]
     if options.json:
         print(json.dumps(found))

@@ -11,6 +11,7 @@ import numpy as np
 from jaxpar.batch import EXAMPLE_WEIGHT
 from jaxpar.strategy import Strategy
 from jaxpar.text import read_text
+from jaxpar.whole import is_whole
 
 _THREADS, _AHEAD = 4, 8
 
@@ -29,6 +30,9 @@ class Batches:
       seed: of the order.
       epochs: how often each example comes; None for without end.
       part: which of the parts this process loads, and how many there are.
+
+    >>> len(Batches(list(range(10)), batch_size=4, seed=0, epochs=2, part=(0, 1)))
+    5
     """
 
     source: Any
@@ -100,9 +104,9 @@ def load(source: Any, strategy: Strategy, *, batch_size: int, seed: int = 0, epo
     for name, number in (("batch_size", batch_size), ("epochs", epochs)):
         if number is None and name == "epochs":
             continue
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        if not is_whole(number):
             raise DataError(f"{name} is {number!r}; give a whole number, 1 or more.")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+    if not is_whole(seed, least=0) or seed >= 2**32:
         raise DataError(f"seed is {seed!r}; give a whole number from 0 to {2**32 - 1}.")
     if not hasattr(strategy, "data_shard"):
         raise DataError(
@@ -121,7 +125,7 @@ def load(source: Any, strategy: Strategy, *, batch_size: int, seed: int = 0, epo
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise DataError(f"source is a {type(source).__name__}; give what has a length and examples by their number.")
     if not len(source):
-        raise DataError("source has no example.")
+        raise DataError("source has no example; give one with at least as many as batch_size.")
     if not isinstance(source[0], Mapping):
         raise DataError(
             f"An example is a {type(source[0]).__name__}; give dicts of arrays, as {{'x': x, 'y': y}}; of a text file "

@@ -66,7 +66,13 @@ def examine() -> int:
         print("  " + line)
     starts = _print_devices()
     print("\nMemory")
-    print("  " + _describe_memory(os.environ, jax.default_backend() if starts else "none"))
+    backend = jax.default_backend() if starts else "none"
+    print("  " + _describe_memory(os.environ, backend))
+    if _is_noisy(os.environ, backend):
+        print(
+            "\nlibtpu is installed, but there is no TPU: JAX looks for one at each start, and libtpu complains. "
+            "JAX_PLATFORMS=cpu spares that; jaxpar compiles for TPU pods all the same."
+        )
     broken = [pin for pin in pins if not pin.holds]
     for pin in broken:
         found = f"is {pin.installed}" if pin.installed else "is not installed"
@@ -194,6 +200,11 @@ def _describe_memory(environment: Mapping[str, str], backend: str) -> str:
         "GPU finds only the rest. XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives more to a process that is alone, "
         "XLA_PYTHON_CLIENT_PREALLOCATE=false shares."
     )
+
+
+def _is_noisy(environment: Mapping[str, str], backend: str) -> bool:
+    """Whether JAX asks libtpu for a TPU that isn't there."""
+    return _installed("libtpu") is not None and not environment.get("JAX_PLATFORMS") and backend != "tpu"
 
 
 def _describe_settings(environment: Mapping[str, str]) -> list[str]:

@@ -100,7 +100,9 @@ def _read_prices(text: str | None, targets: list[str]) -> dict[str, float]:
         if chip.strip() not in CHIPS:
             raise UsageError(f"--price has the chip {chip.strip()!r}; those known are {', '.join(CHIPS)}.")
         if chip.strip() not in map(_chip_of, targets):
-            raise UsageError(f"--price has the chip {chip.strip()!r}, but --target names {', '.join(targets)} alone.")
+            raise UsageError(
+                f"--price has the chip {chip.strip()!r}, but --target names {', '.join(targets)} alone; leave it out."
+            )
     return prices
 
 
@@ -177,11 +179,13 @@ def _check_chart(path: pathlib.Path) -> None:
       UsageError: matplotlib isn't there, or the file can't be written.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--chart needs matplotlib: pip install 'jaxpar[plot]'")
+        raise UsageError("--chart needs matplotlib: pip install 'jaxpar[plot]'.")
     if not path.parent.is_dir():
         raise UsageError(f"--chart {path} can't be written: there is no folder {path.parent}; make it first.")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"--chart {path} can't be written: {'a folder' if path.is_dir() else 'permission denied'}.")
+        raise UsageError(
+            f"--chart {path} can't be written: {'a folder' if path.is_dir() else 'permission denied'}; give another."
+        )
 
 
 def _draw(reports: list[jaxpar.Estimate], path: str) -> None:
@@ -209,4 +213,4 @@ def _draw(reports: list[jaxpar.Estimate], path: str) -> None:
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
-        raise UsageError(f"--chart {path} can't be written: {error.strerror}.") from error
+        raise UsageError(f"--chart {path} can't be written: {error.strerror}; give another.") from error

@@ -15,7 +15,7 @@ from jaxpar.batch import EXAMPLE_WEIGHT, BatchError, count_rows, pad_rows, read_
 from jaxpar.loss import Weighted, call_model, grow, mean_value, sum_values
 from jaxpar.state import StateError, TrainState
 from jaxpar.step import RecompileWarning, Step
-from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy
+from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, check_takes
 
 
 @struct.dataclass
@@ -37,6 +37,14 @@ class EvalStep:
     Attributes:
       strategy: the strategy.
       step: what is compiled: it gives sums over the batch, and rows.
+
+    >>> import jaxpar, optax
+    >>> from flax import nnx
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=-1))
+    >>> state = strategy.place(jaxpar.TrainState.create(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), optax.sgd(0.1)))
+    >>> eval_step = make_eval_step(lambda model, batch, rng: {"mean": batch["x"].mean()}, strategy)
+    >>> eval_step(state, strategy.shard_batch({"x": np.full(16, 2.0)}))
+    {'mean': Array(2., dtype=float32)}
     """
 
     def __init__(self, strategy: Strategy, step: Step):
@@ -103,6 +111,7 @@ def make_eval_step(
     check_strategy(strategy)
     if not callable(fn):
         raise TypeError(f"fn is {fn!r}; give a function fn(model, batch, rng).")
+    check_takes(fn, "fn", "model", "batch", "rng")
 
     def eval_step(state: TrainState, batch: Any) -> tuple[list[Any], list[Any], _Shape]:
         if not isinstance(state, TrainState):
@@ -175,7 +184,7 @@ def evaluate(eval_step: EvalStep, state: TrainState, batches: Iterable[Any]) -> 
             )
             sums.append(jax.device_get(eval_step.sum_batch(state, batch, rows)))
     if not sums:
-        raise BatchError("batches gave no batch; evaluate needs at least one.")
+        raise BatchError("batches gave no batch; evaluate needs at least one: an iterator that was used up gives none.")
 
     def mean(*parts: Weighted) -> float:
         weight = math.fsum(float(part.weight) for part in parts)
@@ -207,7 +216,7 @@ def _agreeing(batches: Iterable[Any]) -> Iterable[Any]:
     while True:
         batch = next(iterator, end)
         if batch is None:
-            raise BatchError("batches gave None where a batch was due.")
+            raise BatchError("batches gave None where a batch was due; give batches alone, as dicts of arrays.")
         if not _largest(0 if batch is end else 1):
             return
         yield None if batch is end else batch
@@ -222,5 +231,8 @@ def _largest(number: int) -> int:
 
 def _weightless(batch: Any) -> Any:
     if batch is None:
-        raise BatchError("This process has no batch while others have; give each at least one.")
+        raise BatchError(
+            f"Process {jax.process_index()} of {jax.process_count()} has no batch while others have; give each at "
+            "least one, as strategy.data_shard() tells its part."
+        )
     return {**batch, EXAMPLE_WEIGHT: np.zeros(count_rows(read_batch(batch)), np.float32)}

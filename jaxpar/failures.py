@@ -21,6 +21,8 @@ _NEXT_STEP = {
     errno.EPERM: _OTHER,
     errno.ENOENT: "is its disk still there?",
     errno.ESTALE: "is its disk still there?",
+    errno.EEXIST: "a file is there already: give a folder's path",
+    errno.ENOTDIR: "a file stands where a folder is needed: give another path",
     errno.EIO: "is its disk sound?",
 }
 

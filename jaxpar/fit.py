@@ -13,13 +13,14 @@ import numpy as np
 
 from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxpar.evaluation import EvalStep, evaluate
-from jaxpar.lines import plain_lines
+from jaxpar.lines import plain_lines, tell_resume
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.profiling import Profile
 from jaxpar.source import BatchesEnded, Source, place_of_all
 from jaxpar.state import TrainState, named_leaves
 from jaxpar.step import Step
 from jaxpar.watch import OnStep, Watch, watching
+from jaxpar.whole import is_whole
 
 # How often to go back to one checkpoint.
 _RETURNS = 3
@@ -54,7 +55,7 @@ def fit(
     `checkpoint.every` steps, at the end, and when the process is asked to end (SIGTERM): then it leaves with code 143.
     A second SIGTERM ends it at once. On a terminal one live line tells step, loss, tokens/s, a step's time, model FLOPs
     utilisation where the chip is known, and how long it will take; elsewhere, without `on_step`, a plain line a minute
-    tells step, loss and a step's time. Without any of this it is
+    tells step, loss and a step's time. A line tells of a restart. Without any of this it is
 
         for batch in batches:
             state, metrics = train_step(state, strategy.shard_batch(batch))
@@ -93,7 +94,7 @@ def fit(
     """
     _check(train_step, state, steps, eval_step, checkpoint, nonfinite)
     _check_ends(batches, on_step)
-    options = _Options(train_step, steps, eval_step, checkpoint, nonfinite)
+    options = _Options(train_step, steps, eval_step, checkpoint, nonfinite, on_step is None)
     _check_profile(profile, steps)
     estimated = _seconds_of(estimate)
     tell = plain_lines(steps) if on_step is None else on_step
@@ -113,6 +114,7 @@ class _Options(NamedTuple):
     eval_step: tuple[EvalStep, Iterable[Any]] | None
     checkpoint: Checkpoints | None
     nonfinite: str
+    tells: bool
 
 
 class _Run:
@@ -169,6 +171,8 @@ class _Run:
             )
         state, place = self._restore(state, checkpoint)
         self.safe = int(state.step)
+        if self.options.tells:
+            tell_resume(self.safe, checkpoint.directory)
         return state, place
 
     def _restore(self, state: TrainState, checkpoint: Checkpoints) -> tuple[TrainState, Any]:
@@ -248,7 +252,9 @@ class _Run:
         with _warned():
             checkpoint.wait()
         if checkpoint.latest() is None:
-            raise FitError(f"{told} There is no checkpoint to go back to: none was saved before it.")
+            raise FitError(
+                f"{told} There is no checkpoint to go back to: none was saved before it. Save more often, by every=."
+            )
         self.watch.forget()
         state, _ = self._restore(state, checkpoint)
         reached = int(state.step)
@@ -334,7 +340,7 @@ def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: 
         raise FitError(f"train_step is a {type(train_step).__name__}; give what jaxpar.make_train_step returns.")
     if not isinstance(state, TrainState) or not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state)):
         raise FitError(f"state is a {type(state).__name__}; give a TrainState on devices, as strategy.init returns.")
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
+    if not is_whole(steps, least=0):
         raise FitError(f"steps is {steps!r}; give a whole number, 0 or more: how many in all.")
     if eval_step is not None and not (
         isinstance(eval_step, tuple) and len(eval_step) == 2 and isinstance(eval_step[0], EvalStep)
@@ -370,9 +376,7 @@ def _check_profile(profile: Any, steps: int) -> None:
     if not isinstance(profile, Profile):
         raise FitError(f"profile is {profile!r}; give jaxpar.Profile(directory, first, last).")
     ends = profile.first, profile.last
-    if any(isinstance(end, bool) or not isinstance(end, int | np.integer) for end in ends) or not (
-        1 <= profile.first <= profile.last <= steps
-    ):
+    if not all(map(is_whole, ends)) or not (1 <= profile.first <= profile.last <= steps):
         raise FitError(
             f"profile is of the steps {profile.first!r} to {profile.last!r}, but the run's are 1 to {steps}; give two "
             "of these, the smaller first."
@@ -380,7 +384,9 @@ def _check_profile(profile: Any, steps: int) -> None:
     try:
         pathlib.Path(profile.directory).mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError, ValueError) as error:
-        raise FitError(f"The profile's folder {str(profile.directory)!r} can't be made: {error}.") from error
+        raise FitError(
+            f"The profile's folder {str(profile.directory)!r} can't be made: {error}; give another."
+        ) from error
 
 
 def _seconds_of(estimate: Any) -> float | None:

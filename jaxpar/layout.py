@@ -20,7 +20,13 @@ _MUST_SPLIT = {
 
 
 class LayoutRow(NamedTuple):
-    """One leaf: canonical path, global shape, dtype, spec, the rule that gave it, bytes on a device, and a remark."""
+    """One leaf: canonical path, global shape, dtype, spec, the rule that gave it, bytes on a device, and a remark.
+
+    >>> import jaxpar
+    >>> layout = layout_state({"w": jax.ShapeDtypeStruct((8, 4), "float32")}, [], jaxpar.make_mesh(data=8))
+    >>> [(row.path, row.shape, row.bytes_per_device) for row in layout.rows]
+    [('w', (8, 4), 128)]
+    """
 
     path: str
     shape: tuple[int, ...]

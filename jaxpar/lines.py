@@ -1,5 +1,6 @@
 """The lines of a run whose output is a file or a pipe, as a batch job's is; changes with what such a log needs."""
 
+import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -40,3 +41,9 @@ def plain_lines(steps: int) -> Callable[[int, dict[str, float]], None] | None:
         last = now, number
 
     return tell
+
+
+def tell_resume(step: int, directory: pathlib.Path) -> None:
+    """Writes where a run goes on, once for all processes, to where errors go."""
+    if not jax.process_index():
+        print(f"resumed from step {step} of {directory}", file=sys.stderr, flush=True)

@@ -9,10 +9,13 @@ import numpy as np
 from flax import struct
 
 from jaxpar.batch import EXAMPLE_WEIGHT, BatchError, count_rows, match_path
+from jaxpar.dependence import reads
 from jaxpar.mesh import ROW_AXIS
 from jaxpar.state import StateError, Static, build_model, is_key, named_leaves, read_model_state
 
 Values = Any
+# Linen's own name for BatchNorm's running averages.
+_STATISTICS = "batch_stats"
 
 
 @struct.dataclass
@@ -109,7 +112,9 @@ def call_model(
                 "(loss, metrics)."
             )
         return result, _like(read_model_state(static, model, model_state), model_state)
-    updates = {} if (given := read_loss(result)[2]) is None else given
+    if (updates := read_loss(result)[2]) is None:
+        _check_statistics(lambda variables: fn(variables, batch, fold(rng, numbers)), model)
+        updates = {}
     if not isinstance(updates, Mapping):
         raise LossError(
             f"loss_fn returned updates of type {type(updates).__name__}; give a dict of the changed collections."
@@ -208,6 +213,17 @@ def fold_leaf(leaf: jax.Array, numbers: Any) -> jax.Array:
     return (
         jax.vmap(lambda key: fold(key, numbers))(leaf.ravel()).reshape(leaf.shape) if leaf.ndim else fold(leaf, numbers)
     )
+
+
+def _check_statistics(call: Callable[[Any], Any], variables: dict[str, Any]) -> None:
+    """Raises LossError where BatchNorm's statistics are neither used nor given back: their updates were dropped."""
+    statistics = variables.get(_STATISTICS)
+    if statistics and not reads(lambda given: call({**variables, _STATISTICS: given}), statistics):
+        raise LossError(
+            f"loss_fn returned 2 values, but the state holds {_STATISTICS!r}, which the loss neither uses nor updates: "
+            "BatchNorm's running averages would stay as they are. Give (loss, metrics, updates), as of y, updates = "
+            f"module.apply(variables, x, mutable=[{_STATISTICS!r}]); or {{}} as updates to leave them."
+        )
 
 
 def _like(after: Any, before: Any) -> Any:

@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxpar.targets import read_target, target_devices, target_of
+from jaxpar.whole import is_whole
 
 AXES = ("data", "fsdp", "stage", "expert", "context", "model")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -73,7 +74,7 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
     sizes = sizes or {"data": -1}
     for axis, size in sizes.items():
         check_axis_name(axis)
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or (size < 1 and size != -1):
+        if not is_whole(size, least=-1) or not size:
             raise MeshError(f"Mesh axis {axis!r} has size {size!r}; a size is a whole number, 1 or more, or -1 once.")
     if target is not None and devices is not None:
         raise MeshError(f"devices= and target={target!r} are given; a target brings its own devices.")
@@ -179,22 +180,25 @@ def check_no_axis_is(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> None:
 def fake_devices(count: int = 8) -> list[jax.Device]:
     """Returns `count` CPU devices, made up on this machine's one CPU: what tests and notebooks run a mesh on.
 
-    Call it before anything else uses JAX, since JAX counts its devices once. Other devices stay beside them.
+    Call it before anything else uses JAX, since JAX counts its devices once. Other devices stay beside them: where
+    there are more, give what it returns to `make_mesh(devices=...)`.
 
     Raises:
       MeshError: JAX has started already, with fewer CPU devices, or may not use CPUs.
 
     >>> len(fake_devices(8))
     8
+    >>> dict(make_mesh(devices=fake_devices(4), data=-1).shape)
+    {'data': 4}
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not is_whole(count):
         raise MeshError(f"count is {count!r}; give a whole number of devices, 1 or more.")
     platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "cpu" not in platforms.split(","):
         raise MeshError(f"Fake devices are CPU devices, but JAX_PLATFORMS={platforms} rules CPUs out; unset it.")
     # Once JAX has started it refuses; that is right if it did so with enough devices, which the count below tells.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", int(count))
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise MeshError(
@@ -225,7 +229,7 @@ def _parse_sizes(spec: str, sizes: Mapping[str, int]) -> dict[str, int]:
             raise MeshError(f"Mesh {spec!r} has the part {part!r}; write axis=size, as in 'data=2,model=4'.") from None
         check_axis_name(axis)
         if axis in parsed:
-            raise MeshError(f"Mesh {spec!r} gives axis {axis!r} twice: {parsed[axis]} and {number}.")
+            raise MeshError(f"Mesh {spec!r} gives axis {axis!r} twice: {parsed[axis]} and {number}; give one.")
         parsed[axis] = number
     return parsed
 
@@ -269,7 +273,7 @@ def _process_is_slice(devices: np.ndarray) -> bool:
 
 
 def _check_slice_count(slices: Any) -> None:
-    if isinstance(slices, bool) or not isinstance(slices, int | np.integer) or slices < 1:
+    if not is_whole(slices):
         raise MeshError(f"slices is {slices!r}; give a whole number, 1 or more.")
 
 
@@ -285,7 +289,9 @@ def _check_slices(shape: dict[str, int], slices: Any, axis: str, found: dict[int
             "needs as many. slice_of=lambda device: ... tells which slice a device is on."
         )
     if shape[axis] % slices:
-        raise MeshError(f"Mesh axis {axis!r} of size {shape[axis]} does not divide by {slices} slices.")
+        raise MeshError(
+            f"Mesh axis {axis!r} of size {shape[axis]} does not divide by {slices} slices; give a multiple of it."
+        )
 
 
 def _fill_in(shape: dict[str, int], devices: np.ndarray) -> dict[str, int]:

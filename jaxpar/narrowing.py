@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
+
+from jaxpar.dependence import needed_equations
 
 
 def find_narrowings(fn: Callable[..., Any], *args: Any) -> tuple[str, ...]:
@@ -22,18 +24,7 @@ def find_narrowings(fn: Callable[..., Any], *args: Any) -> tuple[str, ...]:
     ['convert_element_type float64 -> float32']
     """
     jaxpr = jax.make_jaxpr(fn)(*args)
-    return tuple(dict.fromkeys(_walk(jaxpr.jaxpr, _needed(jaxpr.jaxpr))))
-
-
-def _needed(jaxpr: Jaxpr) -> list[JaxprEqn]:
-    """The equations that the outputs depend on."""
-    wanted = {var for var in jaxpr.outvars if isinstance(var, Var)}
-    needed = []
-    for eqn in reversed(jaxpr.eqns):
-        if wanted.intersection(eqn.outvars):
-            needed.append(eqn)
-            wanted.update(var for var in eqn.invars if isinstance(var, Var))
-    return needed[::-1]
+    return tuple(dict.fromkeys(_walk(jaxpr.jaxpr, needed_equations(jaxpr.jaxpr))))
 
 
 def _walk(jaxpr: Jaxpr, eqns: list[JaxprEqn]) -> Iterator[str]:

@@ -33,6 +33,10 @@ class Leaf(NamedTuple):
       shape: its global shape.
       dtype: its dtype.
       shapes: the shape of every leaf beside it, by path, for a rule that must know a neighbour.
+
+    >>> over_last_dim = lambda leaf, mesh, spec_so_far: PartitionSpec(*[None] * (len(leaf.shape) - 1), "model")
+    >>> over_last_dim(Leaf("params/up/kernel", (64, 32), "float32"), None, PartitionSpec())
+    P(None, 'model')
     """
 
     path: str
@@ -79,12 +83,16 @@ def check_rules(lists: Sequence[Rules], mesh: Mesh) -> None:
                     "by itself, as sharded(mesh, MEGATRON, FSDP)."
                 )
             if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
-                raise PartitionError(f"Rule {rule!r} is not a pair (regex, spec), as ('kernel$', P(None, 'model')).")
+                raise PartitionError(
+                    f"Rule {rule!r} is not a pair (regex, spec); give one, as ('kernel$', P(None, 'model'))."
+                )
             pattern, spec = rule
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise PartitionError(f"Rule {pattern!r} is not a regular expression: {error}.") from None
+                raise PartitionError(
+                    f"Rule {pattern!r} is not a regular expression: {error}; escape what is no pattern, by re.escape."
+                ) from None
             if isinstance(spec, PartitionSpec):
                 _check_axes(spec, mesh, f"Rule {pattern!r}")
             elif not (spec is None or isinstance(spec, Whole) or callable(spec)):
@@ -222,7 +230,7 @@ class _Fill:
         if len(spec) > len(leaf.shape):
             raise PartitionError(
                 f"Rule {rule!r} gives {spec} for {leaf.path!r}, {len(spec)} dims, but its shape "
-                f"{leaf.shape} has {len(leaf.shape)}."
+                f"{leaf.shape} has {len(leaf.shape)}; give as many, or fewer."
             )
         entries: list[Any] = list(self.spec)
         new: list[Any] = [None] * len(entries)
@@ -240,7 +248,7 @@ class _Fill:
             if leaf.shape[dim] % size:
                 raise PartitionError(
                     f"{leaf.path!r} has shape {leaf.shape}: dim {dim} does not divide by {size}, the size "
-                    f"of mesh axes {axes}, which rule {rule!r} names."
+                    f"of mesh axes {axes}, which rule {rule!r} names; name others, or pad the dim."
                 )
             entries[dim] = new[dim] = axes[0] if len(axes) == 1 else axes
         if any(new):

@@ -1,6 +1,8 @@
 """The line that shows on a terminal how a run goes; changes with what a user wants to watch."""
 
+import collections
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +22,10 @@ from rich.text import Text
 from jaxpar.work import Work
 
 Show = Callable[[int, dict[str, float], Work | None], None]
-# The mean step time is over so many seconds, or a thousand steps.
+# The time that is left follows from the last so many seconds, saves and evaluations included.
 _PERIOD_SECONDS = 300
+# A step's own time is the median of the last so many: a save, an evaluation or a compile between two is no step's.
+_STEPS = 1000
 # Each refresh takes a millisecond or two of a core, which on a small machine is the step's.
 _REFRESHES_A_SECOND = 1
 # A step of milliseconds isn't told each time: nobody sees more of them than the line shows.
@@ -66,14 +70,20 @@ def show_steps(steps: int, estimated: float | None = None, console: Console | No
         speed_estimate_period=_PERIOD_SECONDS,
         refresh_per_second=_REFRESHES_A_SECOND,
     ) as progress:
-        task = progress.add_task("compiling", total=steps, work=None)
+        task = progress.add_task("compiling", total=steps, work=None, seconds=None)
         told: dict[str, float] = {}
         latest: tuple[Any, ...] = ()
         due = 0.0
+        reached: float | None = None
+        seconds: collections.deque[float] = collections.deque(maxlen=_STEPS)
 
         def show(number: int, metrics: dict[str, float], work: Work | None) -> None:
-            nonlocal latest, due
+            nonlocal latest, reached
             latest = number, metrics, work
+            if work is not None:
+                before, reached = reached, time.monotonic()
+                if before is not None:
+                    seconds.append(reached - before)
             # What comes between steps, as an evaluation, comes once.
             if work is None or time.monotonic() >= due:
                 put()
@@ -87,7 +97,8 @@ def show_steps(steps: int, estimated: float | None = None, console: Console | No
             line = "  ".join(f"{name} {value:.4g}" for name, value in list(told.items())[:3])
             # An evaluation has no work of its own to tell.
             work = work or progress.tasks[0].fields["work"]
-            progress.update(task, completed=number, description=line, work=work)
+            typical = statistics.median(seconds) if seconds else None
+            progress.update(task, completed=number, description=line, work=work, seconds=typical)
 
         try:
             yield show
@@ -97,7 +108,7 @@ def show_steps(steps: int, estimated: float | None = None, console: Console | No
 
 
 class _Speed(ProgressColumn):
-    """What follows from a step's mean time, and that time; rich has a column for bytes a second alone."""
+    """What follows from a step's time, and that time; rich has a column for bytes a second alone."""
 
     def __init__(self, estimated: float | None):
         super().__init__()
@@ -105,13 +116,13 @@ class _Speed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Returns tokens/s, step time and MFU; nothing before there are two steps to measure between."""
-        speed, work = task.speed, task.fields["work"]
-        if not speed:
+        seconds, work = task.fields["seconds"], task.fields["work"]
+        if not seconds:
             return Text("")
-        told = [] if work is None else [f"{work.count * speed:,.0f} {work.unit}/s"]
-        told.append(_in_ms(1 / speed) + (f" (estimated {_in_ms(self._estimated)})" if self._estimated else ""))
+        told = [] if work is None else [f"{work.count / seconds:,.0f} {work.unit}/s"]
+        told.append(_in_ms(seconds) + (f" (estimated {_in_ms(self._estimated)})" if self._estimated else ""))
         if work is not None and work.peak_seconds:
-            told.append(f"MFU {work.peak_seconds * speed:.1%}")
+            told.append(f"MFU {work.peak_seconds / seconds:.1%}")
         return Text("  ".join(told))
 
 

@@ -1,5 +1,6 @@
 """The leaves of a state as a checkpoint holds them, and whether it holds those that are needed."""
 
+import inspect
 import math
 from typing import Any
 
@@ -105,6 +106,11 @@ def check_loaded(loaded: Any, numbers: dict[str, Any], name: str) -> Any:
 
 def leaves_of(state: Any) -> dict[str, Any]:
     """Returns each leaf by its path; raises CheckpointError where one is no array of a mesh, or two have one path."""
+    if inspect.isroutine(state):
+        raise CheckpointError(
+            f"The state is the function {getattr(state, '__name__', state)}; give what strategy.init or strategy.place "
+            "returned, or, of an init_fn, strategy.abstract_state(init_fn)."
+        )
     named: dict[str, Any] = {}
     for path, leaf in named_leaves(state):
         if path in named:

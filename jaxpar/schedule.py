@@ -9,6 +9,8 @@ import fractions
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from jaxpar.whole import is_whole
+
 SCHEDULES = ("gpipe", "1f1b")
 
 
@@ -17,7 +19,11 @@ class ScheduleError(ValueError):
 
 
 class Task(NamedTuple):
-    """What a stage does in one tick: `kind` is "F" or "B"."""
+    """What a stage does in one tick: `kind` is "F" or "B".
+
+    >>> simulate([Task(0, 0, 0, "F"), Task(1, 0, 0, "B")]).ticks
+    2
+    """
 
     tick: int
     stage: int
@@ -32,6 +38,9 @@ class Simulation(NamedTuple):
       ticks: how long it takes.
       bubble: the part of all stages' ticks that is idle.
       peak: for each stage, the most microbatches whose activations it holds at once.
+
+    >>> simulate(make_schedule("1f1b", stages=2, microbatches=6)).bubble
+    Fraction(1, 7)
     """
 
     ticks: int
@@ -96,13 +105,19 @@ def check_schedule(tasks: Iterable[Task]) -> None:
     """Raises ScheduleError unless each task comes once, after what it needs, and no stage does two in one tick.
 
     Without any task it raises too.
+
+    >>> check_schedule([Task(1, 0, 0, "F"), Task(0, 0, 0, "B")])
+    Traceback (most recent call last):
+    jaxpar.schedule.ScheduleError: Task(tick=0, stage=0, microbatch=0, kind='B') needs F0 of stage 0 before it, which \
+comes at tick 1; give that an earlier tick.
     """
     tasks = _read_tasks(tasks)
     ticks: dict[tuple[int, int, str], int] = {}
     busy: dict[tuple[int, int], Task] = {}
     for task in tasks:
         if busy.setdefault((task.stage, task.tick), task) != task or task[1:] in ticks:
-            raise ScheduleError(f"{task} comes at the same tick as {busy[task.stage, task.tick]}, or twice.")
+            other = busy[task.stage, task.tick]
+            raise ScheduleError(f"{task} comes at the same tick as {other}, or twice; give a stage one task a tick.")
         ticks[task[1:]] = task.tick
     stages = {task.stage for task in tasks}
     for task in tasks:
@@ -110,7 +125,10 @@ def check_schedule(tasks: Iterable[Task]) -> None:
             if needed not in ticks or ticks[needed] >= task.tick:
                 when = f"at tick {ticks[needed]}" if needed in ticks else "never"
                 stage, microbatch, kind = needed
-                raise ScheduleError(f"{task} needs {kind}{microbatch} of stage {stage} before it, which comes {when}.")
+                raise ScheduleError(
+                    f"{task} needs {kind}{microbatch} of stage {stage} before it, which comes {when}; give that an "
+                    "earlier tick."
+                )
 
 
 def simulate(tasks: Sequence[Task]) -> Simulation:
@@ -138,7 +156,11 @@ def simulate(tasks: Sequence[Task]) -> Simulation:
 
 
 def format_timeline(tasks: Sequence[Task]) -> str:
-    """Returns a schedule as text: a line a stage, a column a tick, `F3` for the forward pass of microbatch 3."""
+    """Returns a schedule as text: a line a stage, a column a tick, `F3` for the forward pass of microbatch 3.
+
+    >>> print(format_timeline([Task(0, 0, 0, "F"), Task(1, 0, 0, "B")]))
+    stage 0  F0 B0
+    """
     tasks = _read_tasks(tasks)
     cells = {(task.stage, task.tick): f"{task.kind}{task.microbatch}" for task in tasks}
     width = max(map(len, cells.values()))
@@ -151,7 +173,7 @@ def format_timeline(tasks: Sequence[Task]) -> str:
 
 def _check_counts(stages: Any, microbatches: Any) -> None:
     for what, count in (("stages", stages), ("microbatches", microbatches)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_whole(count):
             raise ScheduleError(f"{what} is {count!r}; give a whole number, 1 or more.")
 
 
@@ -161,8 +183,11 @@ def _read_tasks(tasks: Any) -> list[Task]:
     if not listed:
         raise ScheduleError(f"The tasks are {tasks!r}; give at least one, as make_schedule('1f1b', 2, 4) returns them.")
     for task in listed:
-        is_whole = lambda number: isinstance(number, int) and not isinstance(number, bool) and number >= 0
-        if not isinstance(task, Task) or not all(map(is_whole, task[:3])) or task.kind not in ("F", "B"):
+        if (
+            not isinstance(task, Task)
+            or not all(is_whole(number, least=0) for number in task[:3])
+            or task.kind not in ("F", "B")
+        ):
             raise ScheduleError(
                 f"{task!r} is no task; give jaxpar.schedule.Task(tick, stage, microbatch, kind): whole numbers from 0 "
                 "on, and 'F' or 'B'."

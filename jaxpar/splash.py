@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jaxpar.island import current_mesh, jit_island, takes_rows_alone
 from jaxpar.mesh import AXES, BATCH_AXES, MeshError
+from jaxpar.whole import is_whole
 
 _MODEL = "model"
 
@@ -80,14 +81,16 @@ def _check_shapes(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, block
             f"q, k and v have shapes {shapes}; give (B, T, H, D), and (B, S, K, D) twice, with the same B and D."
         )
     if not all(shapes[1]) or shapes[0][2] % shapes[1][2]:
-        raise SplashError(f"q has {shapes[0][2]} heads, which do not divide by the {shapes[1][2]} of k and v.")
+        raise SplashError(
+            f"q has {shapes[0][2]} heads, which do not divide by the {shapes[1][2]} of k and v; give a multiple."
+        )
     if shapes[0][1] % 128 or shapes[1][1] % 128:
         raise SplashError(
             f"q has {shapes[0][1]} tokens and k {shapes[1][1]}; the kernel takes multiples of 128: pad, or use "
             "jax.nn.dot_product_attention."
         )
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 128 or block_size % 128:
-        raise SplashError(f"block_size is {block_size}; the kernel takes multiples of 128, as 512.")
+    if not is_whole(block_size, least=128) or block_size % 128:
+        raise SplashError(f"block_size is {block_size!r}; the kernel takes multiples of 128: give one, as 512.")
 
 
 def _is_float(x: Any) -> bool:
@@ -108,7 +111,9 @@ def _check_mesh(
         )
     count = math.prod(mesh.shape[axis] for axis in rows)
     if q_BTHD.shape[0] % count:
-        raise SplashError(f"q has {q_BTHD.shape[0]} rows, which do not divide by {count}, the size of {rows}.")
+        raise SplashError(
+            f"q has {q_BTHD.shape[0]} rows, which do not divide by {count}, the size of {rows}; give a multiple."
+        )
     for name, array in (("q", q_BTHD), ("k", k_BTKD)):
         if heads and array.shape[2] % mesh.shape[heads]:
             raise SplashError(

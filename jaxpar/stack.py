@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxpar.loss import fold_leaf
 from jaxpar.mesh import BATCH_AXES
 from jaxpar.state import is_key
+from jaxpar.whole import is_whole
 
 STAGE = "stage"
 # Counts of random draws are the step's affair, and nnx.remat gives parameters back as other tracers.
@@ -196,7 +197,7 @@ def check_leaves(tree: Any, name: str) -> None:
 
 def check_microbatches(count: Any, rows: int, stages: int) -> None:
     """Raises PipelineError unless there are enough microbatches for the stages, and they divide the rows."""
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+    if not is_whole(count):
         raise PipelineError(f"stage_microbatches is {count!r}; give a whole number, 1 or more.")
     if count < stages:
         raise PipelineError(

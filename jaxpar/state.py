@@ -107,7 +107,7 @@ class TrainState:
         if len(frozen) == len(jax.tree.leaves(params)):
             raise StateError(
                 f"None of the {len(frozen)} parameters is trained: no path passes trainable=, such as "
-                f"{min(frozen, default='(the model has no parameters)')!r}."
+                f"{min(frozen, default='(the model has no parameters)')!r}; let a floating-point one be."
             )
         static = dataclasses.replace(static, frozen=frozen)
         return cls(

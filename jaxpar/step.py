@@ -1,6 +1,7 @@
 """`Step`: a function compiled for a strategy, and what it checks of its arguments before any compile."""
 
 import functools
+import inspect
 import math
 import time
 import warnings
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten
 
 from jaxpar.batch import BatchError, match_path, name_leaf
+from jaxpar.blame import level_of_caller
 from jaxpar.layout import Layout
 from jaxpar.state import StateError, TrainState, named_leaves, split_params
 
@@ -24,7 +26,11 @@ StepFn = Callable[[Any, Any], Any]
 
 
 class RecompileWarning(UserWarning):
-    """A batch of another shape made a step compile again."""
+    """A batch of another shape made a step compile again.
+
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", RecompileWarning)  # what runs here fails where it would compile again
+    """
 
 
 class DriftError(ValueError):
@@ -76,6 +82,12 @@ class Step:
       compute_dtype: what it casts floating-point parameters to; None if it doesn't.
       carries_state: whether it gives back the state, and takes over its memory.
       compiler_options: XLA's, by name; None for its own.
+
+    >>> import jaxpar
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    >>> step = strategy.compile(lambda state, batch: (state + batch["x"].sum(), {}))
+    >>> float(step(strategy.place(jnp.ones(())), strategy.shard_batch({"x": jnp.ones(16)}))[0])
+    17.0
     """
 
     def __init__(
@@ -177,7 +189,7 @@ class Step:
                 f"{_describe_change(batch, before, self.strategy.engine.example_dims)}: the step compiled again, in "
                 f"{seconds:.1f} s. Pad every batch with jaxpar.pad_batch to keep one shape.",
                 RecompileWarning,
-                stacklevel=3,
+                stacklevel=level_of_caller(),
             )
         self._runs[key], self._batches[key[0]] = run, jax.tree.map(jax.typeof, batch)
         self._state_shapes[key[0]] = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
@@ -207,6 +219,11 @@ class Step:
                 )
 
     def _check_state(self, state: Any) -> None:
+        if inspect.isroutine(state):
+            raise StateError(
+                f"The state is the function {getattr(state, '__name__', state)}; give a state, or for an init_fn "
+                "strategy.abstract_state(init_fn)."
+            )
         mesh_devices = set(self.strategy.mesh.devices.flat)
         for path, leaf in named_leaves(state):
             devices = getattr(getattr(leaf, "sharding", None), "device_set", ())

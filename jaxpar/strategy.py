@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -276,7 +277,7 @@ def check_compute_dtype(dtype: Any) -> None:
     if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise ValueError(
             f"compute_dtype is {dtype!r}, which JAX keeps as {jax.dtypes.canonicalize_dtype(dtype)} unless "
-            "jax_enable_x64 is set."
+            "jax_enable_x64 is set; set it, or give that one."
         )
 
 
@@ -286,6 +287,21 @@ def check_strategy(strategy: Any) -> None:
         raise TypeError(
             f"strategy is {strategy!r}; give what jaxpar.sharded(mesh, ...) or jaxpar.data_parallel() returns."
         )
+
+
+def check_takes(fn: Any, name: str, *arguments: str) -> None:
+    """Raises StateError, a TypeError, unless the function takes these arguments; one of C's may not tell."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise StateError(
+            f"{name} takes {signature}, but is called as {name}({', '.join(arguments)}); let it take "
+            f"{f'these {len(arguments)}' if len(arguments) > 1 else 'this one'}."
+        ) from None
 
 
 def param_specs(layout: Layout) -> dict[str, PartitionSpec]:
@@ -302,6 +318,7 @@ def _split_init(init_fn: Callable[[jax.Array], TrainState]) -> Callable[[jax.Arr
             "jaxpar.TrainState.create(Model(rngs=nnx.Rngs(rng)), optax.adam(1e-3)). A state that exists is placed by "
             "strategy.place."
         )
+    check_takes(init_fn, "init_fn", "rng")
 
     def init(rng: jax.Array) -> TrainState:
         init_key, state_key = jax.random.split(rng)

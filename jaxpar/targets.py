@@ -81,7 +81,7 @@ def read_target(text: str, slices: int = 1) -> Target:
         raise TargetError(f"target is {text!r}; write a chip and how many, as 'v5e-256', or a shape, as 'v5e:16x16'.")
     name, count, shape = match.groups()
     if name not in CHIPS:
-        close = difflib.get_close_matches(name, CHIPS, 1, 0.3)
+        close = difflib.get_close_matches(name, CHIPS, 1, 0.5)
         near = f" (nearest: {close[0]!r})" if close else ""
         raise TargetError(f"target {text!r} has the chip {name!r}{near}; those known are {', '.join(CHIPS)}.")
     chip = CHIPS[name]
@@ -120,7 +120,7 @@ def target_devices(target: Target) -> np.ndarray:
       TargetError: libtpu isn't installed, or refuses.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise TargetError(f"target {target} needs the TPU compiler, which runs on this machine too: {_INSTALL}")
+        raise TargetError(f"target {target} needs the TPU compiler, which runs on this machine too: {_INSTALL}.")
     # It would ask a metadata server what machine this is, and take a lock file for chips that aren't here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

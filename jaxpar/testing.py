@@ -20,6 +20,7 @@ from jaxpar.sharded import sharded
 from jaxpar.state import TrainState, is_key, named_leaves
 from jaxpar.strategy import Strategy
 from jaxpar.train import make_train_step
+from jaxpar.whole import is_whole
 
 # Float64 is where an error in logic can't hide; float32 is what runs.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -150,7 +151,7 @@ def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strateg
     sharded({'data': 2, 'model': 4}, 1 list of rules)
     """
     count = len(jax.devices()) if num_devices is None else num_devices
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not is_whole(count):
         raise ValueError(f"num_devices is {num_devices!r}; give a whole number, 1 or more.")
 
     def on_mesh(*rules: Any, **sizes: Any) -> Callable[[], Strategy]:
@@ -286,7 +287,8 @@ def _differences(step: int, got: tuple[Any, Any], expected: tuple[Any, Any]) -> 
     if "metrics/skipped" not in ours:
         theirs.pop("metrics/skipped")
     if ours.keys() != theirs.keys():
-        raise AssertionError(f"The step's metrics and state differ in {sorted(ours.keys() ^ theirs.keys())}.")
+        odd = sorted(ours.keys() ^ theirs.keys())
+        raise AssertionError(f"The step's metrics and state differ in {odd}; let loss_fn give the same on any mesh.")
     return [_difference(step, what, np.asarray(ours[what]), np.asarray(theirs[what])) for what in ours]
 
 
@@ -390,7 +392,7 @@ def _count_compiles(step: Callable, strategy: Strategy) -> Callable:
         if shapes in seen and compiles:
             raise AssertionError(
                 f"The step of {strategy.name} compiled {len(compiles)} times more for a batch of the same shape: its "
-                "state changed its shapes or its layout from one step to the next."
+                "state changed its shapes or its layout from one step to the next; keep them."
             )
         seen.add(shapes)
         return result

@@ -131,5 +131,7 @@ def _read_files(name: str, files: list[Path]) -> list[np.ndarray]:
             raise TextError(f"{name} has {size:,} bytes, but at most {MAX_BYTES:,} are read; give a part of it.")
         parts = [file.read_bytes() for file in files]
     except OSError as error:
-        raise TextError(f"Text {str(error.filename)!r} can't be read: {error.strerror}.") from error
+        raise TextError(
+            f"Text {str(error.filename)!r} can't be read: {error.strerror}; give a file or folder of text."
+        ) from error
     return [np.frombuffer(part, np.uint8) for part in parts if part and b"\0" not in part]

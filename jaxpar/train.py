@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.training.dynamic_scale import DynamicScale
 
@@ -18,7 +17,8 @@ from jaxpar.layout import Layout
 from jaxpar.loss import LossError, Weighted, call_model, grow, mean_value, read_loss, sum_values
 from jaxpar.state import StateError, Static, TrainState, join_params, leaf_path, split_params
 from jaxpar.step import Step
-from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, param_specs
+from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, check_takes, param_specs
+from jaxpar.whole import is_whole
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
 _OWN_METRICS = ("loss", "grad_norm", "skipped")
@@ -65,12 +65,13 @@ def make_train_step(
     >>> sorted(metrics), int(state.step)
     (['grad_norm', 'loss'], 1)
     """
-    if not isinstance(num_microbatches, int | np.integer) or num_microbatches is True or num_microbatches < 1:
+    if not is_whole(num_microbatches):
         raise ValueError(f"num_microbatches is {num_microbatches!r}; give a whole number, 1 or more.")
     check_compute_dtype(compute_dtype)
     check_strategy(strategy)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn is {loss_fn!r}; give a function loss_fn(model, batch, rng) -> (loss, metrics).")
+    check_takes(loss_fn, "loss_fn", "model", "batch", "rng")
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         _check_state(state, compute_dtype)

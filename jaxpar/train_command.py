@@ -170,7 +170,9 @@ def read_sizes(options: argparse.Namespace) -> Sizes:
             f"give a multiple of {2 * heads}."
         )
     if heads % kv_heads:
-        raise UsageError(f"--heads {heads} does not divide by --kv-heads {kv_heads}: each serves as many query heads.")
+        raise UsageError(
+            f"--heads {heads} does not divide by --kv-heads {kv_heads}: each serves as many query heads; give another."
+        )
     # Two thirds of the usual 4, for the third matrix of a gated MLP; a multiple of 64 divides over most axes.
     return Sizes(d_model, options.layers, heads, kv_heads, hidden=64 * math.ceil(8 * d_model / 3 / 64))
 

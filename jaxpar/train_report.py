@@ -142,4 +142,6 @@ def _open(folder: Path) -> Path:
             (folder / "loss.png").unlink()
         return folder / "log.jsonl"
     except OSError as error:
-        raise UsageError(f"--out {str(folder)!r} can't be written: {error.strerror}: {error.filename!r}.") from error
+        raise UsageError(
+            f"--out {str(folder)!r} can't be written: {error.strerror}: {error.filename!r}; give another folder."
+        ) from error

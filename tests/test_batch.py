@@ -165,7 +165,9 @@ def test_a_leaf_without_rows_is_not_padded_where_it_is_named():
 
 @pytest.mark.parametrize("weight", [-jnp.ones(8), jnp.full(8, jnp.nan), np.array([1.0] * 7 + [-2])])
 def test_weights_below_0_are_named_on_devices_too(weight):
-    with pytest.raises(jaxpar.BatchError, match=r"'example_weight'.* holds (-1.0|nan|-2.0); a weight is 0 or more"):
+    with pytest.raises(
+        jaxpar.BatchError, match=r"'example_weight'.* holds (-1.0|nan|-2.0); a weight is 0 or more: give 0 to leave"
+    ):
         jaxpar.pad_batch({"x": np.arange(8), "example_weight": weight}, 8)
 
 

@@ -277,12 +277,27 @@ def test_a_changed_dtype_or_shape_is_no_silent_cast(tmp_path):
         ({"directory": "gs://bucket/run"}, "a store's address; give a folder"),
         ({"every": 0}, "every is 0; give a whole number, 1 or more"),
         ({"keep": True}, "keep is True; give a whole number, 1 or more"),
-        ({"directory": "/dev/null/x"}, "The checkpoint folder /dev/null/x can't be made: Not a directory"),
+        (
+            {"directory": "/dev/null/x"},
+            "The checkpoint folder /dev/null/x can't be made: Not a directory; a file stands where a folder is needed: "
+            "give another path",
+        ),
+        ({"directory": __file__}, "can't be made: File exists; a file is there already: give a folder's path"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, arguments, message):
     with pytest.raises(CheckpointError, match=message):
         Checkpoints(**{"directory": tmp_path, **arguments})
+
+
+def test_an_init_fn_in_place_of_a_state_is_named(tmp_path):
+    def init_fn(rng):
+        return {"w": jnp.ones(4)}
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save({"w": jnp.ones(4)}, step=0)
+        with pytest.raises(CheckpointError, match=r"The state is the function init_fn; give .*abstract_state\(init_fn"):
+            checkpoints.restore(init_fn)
 
 
 def test_a_folder_that_vanished_fails_the_next_call_and_no_other(tmp_path):

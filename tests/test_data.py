@@ -104,7 +104,7 @@ def test_a_run_goes_on_with_its_data(tmp_path):
     [
         ({"source": {"x": np.ones(3), "y": np.ones(4)}}, "arrays of {'x': 3, 'y': 4} rows; give arrays with the same"),
         ({"source": {"x": np.float32(1)}}, "arrays of {'x': None} rows"),
-        ({"source": []}, "source has no example"),
+        ({"source": []}, "source has no example; give one with at least as many as batch_size"),
         ({"source": [1, 2]}, "An example is a int; give dicts of arrays"),
         ({"source": "folder"}, r"An example is a str; .* of a text file or folder, jaxpar.data.TextWindows\(path"),
         ({"source": iter([])}, "source is a list_iterator; give what has a length"),

@@ -109,6 +109,17 @@ def train_linen(returned, collections=None):
     )
 
 
+def train_norm(use_running_average, *updates, strategy=None, **options):
+    """Trains linen's BatchNorm, whose statistics the loss function gives back only as `updates`."""
+    layer = linen.BatchNorm(use_running_average)
+
+    def loss(variables, batch, rng):
+        y, _ = layer.apply(variables, batch["x"], mutable=["batch_stats"])
+        return (y**2).mean(), {}, *updates
+
+    return train(loss, strategy=strategy, make_state=lambda rng: create(layer.init(rng, BATCH["x"])), **options)
+
+
 def measure(model, batch):
     return (model(batch["x"]) ** 2).mean()
 
@@ -227,7 +238,7 @@ MESHES = {
     "text with a colon": (lambda: make_mesh("data:8"), ["the part 'data:8'", "'data=2,model=4'"]),
     "text that ends in a comma": (lambda: make_mesh("data=8,"), ["the part ''", "write axis=size"]),
     "empty text": (lambda: make_mesh(""), ["write axis=size"]),
-    "an axis twice in text": (lambda: make_mesh("data=2,data=4"), ["gives axis 'data' twice: 2 and 4"]),
+    "an axis twice in text": (lambda: make_mesh("data=2,data=4"), ["gives axis 'data' twice: 2 and 4; give one."]),
     "an axis in text and as a keyword": (lambda: make_mesh("data=2", data=4), ["axis 'data' twice", "2", "4"]),
     "a dict in place of text": (lambda: make_mesh({"data": 8}), ["{'data': 8}", "as in 'data=2,model=4'"]),
     "no device": (
@@ -284,7 +295,7 @@ MESHES = {
     ),
     "an axis too small for the slices": (
         lambda: make_mesh(data=1, model=8, slices=2, slice_of=lambda device: device.id % 2),
-        "Mesh axis 'data' of size 1 does not divide by 2 slices.",
+        "Mesh axis 'data' of size 1 does not divide by 2 slices; give a multiple of it.",
     ),
     "no function that tells slices": (
         lambda: make_mesh(data=2, model=4, slices=2, slice_of=3),
@@ -366,7 +377,7 @@ RULES = {
     "no name of experts": (lambda: jaxpar.experts(names=[]), "names is []; give a list of modules' names"),
     "one pair, not in a list": (
         lambda: sharded(make_mesh(data=8), (".*", P())),
-        "Rule '.*' is not a pair (regex, spec), as ('kernel$', P(None, 'model')).",
+        "Rule '.*' is not a pair (regex, spec); give one, as ('kernel$', P(None, 'model')).",
     ),
     "lists in a list": (
         lambda: sharded(make_mesh(fsdp=2, model=4), [jaxpar.MEGATRON, jaxpar.FSDP]),
@@ -385,7 +396,12 @@ RULES = {
     "a spec that is a tuple": (lambda: sharded(make_mesh(data=8), [("k", ("data",))]), ["('data',)", "PartitionSpec"]),
     "a regex that doesn't compile": (
         lambda: sharded(make_mesh(data=8), [("kernel(", P())]),
-        ["Rule 'kernel('", "not a regular expression", "unterminated subpattern"],
+        [
+            "Rule 'kernel('",
+            "not a regular expression",
+            "unterminated subpattern",
+            "; escape what is no pattern, by re.escape.",
+        ],
     ),
     "a misspelt axis": (
         lambda: sharded(make_mesh(data=4, model=2), [("kernel", P("modle"))]),
@@ -418,12 +434,13 @@ RULES = {
     ),
     "more dims than the leaf": (
         lambda: layout([("bias", P(None, "data")), (".*", P())]),
-        "Rule 'bias' gives P(None, 'data') for 'params/bias', 2 dims, but its shape (8,) has 1.",
+        "Rule 'bias' gives P(None, 'data') for 'params/bias', 2 dims, but its shape (8,) has 1; give as many, "
+        "or fewer.",
     ),
     "a dim that doesn't divide": (
         lambda: layout([("kernel", P("data")), (".*", P())], init_fn=lambda rng: create(linear(9, 8))),
         "'params/kernel' has shape (9, 8): dim 0 does not divide by 8, the size of mesh axes ('data',), which rule "
-        "'kernel' names.",
+        "'kernel' names; name others, or pad the dim.",
     ),
     "no rule for a leaf": (
         lambda: layout([("kernel", P("data"))]),
@@ -531,7 +548,7 @@ STATES = {
     "a parameter that is text": (lambda: create({"params": {"w": "hello"}}), ["'params/w'", "hello"]),
     "parameters of whole numbers alone": (
         lambda: create({"params": {"w": jnp.ones(3, int)}}),
-        ["None of the 1", "'params/w'"],
+        ["None of the 1", "'params/w'", "let a floating-point one be."],
     ),
     "no parameter": (lambda: create({"params": {}}), ["None of the 0 parameters", "no parameters"]),
     "two parameters of one path": (
@@ -540,7 +557,8 @@ STATES = {
     ),
     "nothing trainable": (
         lambda: create(trainable=lambda path: "kernl" in path),
-        "None of the 2 parameters is trained: no path passes trainable=, such as 'params/bias'.",
+        "None of the 2 parameters is trained: no path passes trainable=, such as 'params/bias'; let a floating-point "
+        "one be.",
     ),
     "trainable as text": (lambda: create(trainable="kernel"), ["trainable", "'kernel'", "function"]),
     "a key that is a number": (lambda: create(rng=3), "rng is 3; give a random key, as jax.random.key(0)."),
@@ -659,6 +677,14 @@ STATES = {
         "compute_dtype is float16, but the state has no dynamic_scale: its gradients would underflow. Create it with "
         "TrainState.create(..., dynamic_scale=flax.training.dynamic_scale.DynamicScale()).",
     ),
+    "a loss in place of init_fn": (
+        lambda: data().init(loss_fn, KEY),
+        "init_fn takes (model, batch, rng), but is called as init_fn(rng); let it take this one.",
+    ),
+    "an init_fn in place of a state, to lower": (
+        lambda: make_train_step(loss_fn, data()).lower(init_fn, BATCH),
+        "The state is the function init_fn; give a state, or for an init_fn strategy.abstract_state(init_fn).",
+    ),
     "updates of a collection that the state lacks": (
         lambda: train_linen({"cache": {}}),
         "loss_fn returned updates for ['cache'], but the state holds the collections []; return those alone, or give "
@@ -709,11 +735,12 @@ BATCHES = {
     ),
     "no row": (
         lambda: data().shard_batch({"x": np.ones((0, 3))}),
-        "Batch leaf ['x'] has the shape (0, 3): 0 examples; at least 1 is needed.",
+        "Batch leaf ['x'] has the shape (0, 3): 0 examples; at least 1 is needed: leave such a batch out.",
     ),
     "scalars alone": (
         lambda: data().shard_batch({"t": np.float32(1)}),
-        "The batch has no leaf with a dim of examples; at least one must have it first.",
+        "The batch has no leaf with a dim of examples: each of its 1 is a scalar, or kept whole; give at least one "
+        "array with the examples in dim 0.",
     ),
     "nothing": (
         lambda: data().shard_batch(None),
@@ -745,7 +772,7 @@ BATCHES = {
     "whole numbers beyond int32": (
         lambda: data().shard_batch({"x": np.full(8, 2**40)}),
         "Batch leaf ['x'] holds int64 values from 1099511627776 to 1099511627776, but JAX keeps int32 (-2147483648 to "
-        "2147483647) unless jax_enable_x64 is set.",
+        "2147483647) unless jax_enable_x64 is set; set it, or make them smaller.",
     ),
     "negative numbers beyond int32": (
         lambda: data().shard_batch({"x": [-(2**40)] * 8}),
@@ -857,11 +884,15 @@ BATCHES = {
     ),
     "no batch to evaluate": (
         lambda: evaluate(make_eval_step(loss_fn, data()), start(data()), []),
-        "batches gave no batch; evaluate needs at least one.",
+        "batches gave no batch; evaluate needs at least one: an iterator that was used up gives none.",
     ),
     "one batch in place of batches": (
         lambda: evaluate(make_eval_step(loss_fn, data()), start(data()), BATCH),
         ["batches", "dict", "[batch]"],
+    ),
+    "None in place of a batch": (
+        lambda: evaluate(make_eval_step(loss_fn, data()), start(data()), [BATCH, None]),
+        "batches gave None where a batch was due; give batches alone, as dicts of arrays.",
     ),
     "None in place of batches": (
         lambda: evaluate(make_eval_step(loss_fn, data()), start(data()), None),
@@ -947,6 +978,16 @@ LOSSES = {
         lambda: evaluate(make_eval_step(lambda model, batch, rng: jnp.ones((3, 2)), data()), start(data()), [BATCH]),
         ["shape (3, 2)", "one value an example (16 here)"],
     ),
+    "BatchNorm whose updates are dropped": (
+        lambda: train_norm(False),
+        "loss_fn returned 2 values, but the state holds 'batch_stats', which the loss neither uses nor updates: "
+        "BatchNorm's running averages would stay as they are. Give (loss, metrics, updates), as of y, updates = "
+        "module.apply(variables, x, mutable=['batch_stats']); or {} as updates to leave them.",
+    ),
+    "BatchNorm whose updates are dropped, under pmap": (
+        lambda: train_norm(False, strategy=pmap()),
+        ["neither uses nor updates", "mutable=['batch_stats']"],
+    ),
     "text, to evaluate": (
         lambda: evaluate(make_eval_step(lambda model, batch, rng: "x", data()), start(data()), [BATCH]),
         ["'x'", "give a scalar"],
@@ -957,6 +998,18 @@ ARGUMENTS = {
     "a loss that is no function": (
         lambda: make_train_step(3, data()),
         "loss_fn is 3; give a function loss_fn(model, batch, rng) -> (loss, metrics).",
+    ),
+    "a loss without its key": (
+        lambda: make_train_step(lambda model, batch: (1.0, {}), data()),
+        "loss_fn takes (model, batch), but is called as loss_fn(model, batch, rng); let it take these 3.",
+    ),
+    "an init_fn in place of a loss": (
+        lambda: make_train_step(init_fn, data()),
+        "loss_fn takes (rng), but is called as loss_fn(model, batch, rng); let it take these 3.",
+    ),
+    "an evaluation without its key": (
+        lambda: make_eval_step(lambda model, batch: 1.0, data()),
+        "fn takes (model, batch), but is called as fn(model, batch, rng); let it take these 3.",
     ),
     "strategy and loss exchanged": (
         lambda: make_train_step(data(), loss_fn),
@@ -1092,3 +1145,10 @@ def test_an_error_of_the_users_own_function_comes_through_as_it_is():
         layout([("kernel", lambda leaf, mesh, so_far: 1 / 0), (".*", P())])
     with pytest.raises(KeyError, match="missing"):
         train(lambda model, batch, rng: batch["missing"].sum())
+
+
+@pytest.mark.parametrize(("use_running_average", "updates"), [(True, ()), (True, ({},)), (False, ({},))])
+@pytest.mark.parametrize("options", [{}, {"num_microbatches": 2}], ids=str)
+def test_batchnorm_that_uses_its_averages_or_is_told_to_leave_them_trains(use_running_average, updates, options):
+    state, _ = train_norm(use_running_average, *updates, **options)
+    assert float(abs(state.model_state["batch_stats"]["mean"]).max()) == 0

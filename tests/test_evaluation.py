@@ -96,6 +96,15 @@ def test_means_over_uneven_batches_are_exact_and_floats(name, kind):
 
 
 # A batch of another size than the first recompiles, and says so.
+def test_a_batch_of_another_shape_is_told_at_the_line_that_evaluates():
+    strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    state = strategy.place(jaxpar.TrainState.create(nnx.Linear(4, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1)))
+    step = jaxpar.make_eval_step(lambda model, batch, rng: batch["x"].mean(-1), strategy)
+    with pytest.warns(jaxpar.RecompileWarning, match="compiled again") as told:
+        jaxpar.evaluate(step, state, [{"x": np.ones((8, 4))}, {"x": np.ones((16, 4))}])
+    assert [each.filename for each in told] == [__file__]
+
+
 @pytest.mark.filterwarnings("ignore::jaxpar.RecompileWarning")
 @pytest.mark.parametrize("sizes", CUTS.values(), ids=CUTS)
 def test_however_the_data_are_cut_the_mean_is_the_same(sizes):

@@ -413,6 +413,17 @@ def test_where_errors_go_to_no_terminal_a_plain_line_a_minute_tells_how_it_goes(
     assert told == ["step 3 of 7  loss x", "step 6 of 7  loss x  2.5e+04 ms a step"]
 
 
+def test_one_line_tells_where_a_run_goes_on_unless_a_logger_of_the_users_own_can(step, tmp_path, capsys):
+    for steps, on_step, told in (
+        (2, None, ""),
+        (3, None, f"resumed from step 2 of {tmp_path}\n"),
+        (4, lambda number, metrics: None, ""),
+    ):
+        with jaxpar.Checkpoints(tmp_path) as checkpoints:
+            jaxpar.fit(step, start(step), batches, steps=steps, checkpoint=checkpoints, on_step=on_step)
+        assert capsys.readouterr() == ("", told)
+
+
 def test_a_logger_of_the_users_own_leaves_no_other_lines(step, capsys, monkeypatch):
     monkeypatch.setattr(lines, "_SECONDS", 0)
     jaxpar.fit(step, start(step), batches, steps=2, on_step=lambda number, metrics: None)
@@ -430,6 +441,16 @@ def test_a_chip_that_is_known_has_its_mfu_on_the_line():
     ).groups()
     assert float(speed.replace(",", "")) == pytest.approx(512e3 / float(ms), rel=0.02)
     assert float(mfu) == pytest.approx(100 / float(ms), rel=0.02)
+
+
+def test_a_steps_time_on_the_line_is_that_of_steps_and_not_of_what_lies_between_them():
+    console = Console(force_terminal=True, file=io.StringIO(), width=150)
+    with show_steps(9, None, console) as show:
+        for number in range(1, 9):
+            show(number, {"loss": 2.0}, Work(512, "tokens"))
+            # The first steps compile, others wait for a save or an evaluation; the last one's save follows it.
+            time.sleep(0.4 if number in (1, 5, 8) else 0.02)
+    assert 20 <= float(re.findall(r"tokens/s  ([\d.]+) ms", plain(console.file.getvalue()))[-1]) < 100
 
 
 @pytest.mark.parametrize(

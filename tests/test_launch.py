@@ -112,7 +112,7 @@ def test_joining_twice_is_named(monkeypatch):
 def test_of_many_processes_those_that_could_save_are_told_that_another_cannot(monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", lambda own: np.array([own, True]))
-    with pytest.raises(CheckpointError, match="Process 1 can't save, and says why; so none of 2 does"):
+    with pytest.raises(CheckpointError, match=r"Process 1 can't save, and says why; so none of 2 does\. Mend it there"):
         agreement.all_ready(lambda: None)
 
 
@@ -120,7 +120,9 @@ def test_of_many_processes_the_others_are_told_that_the_first_found_none(monkeyp
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.process_index", lambda: 1)
     monkeypatch.setattr("jax.experimental.multihost_utils.broadcast_one_to_all", lambda own: np.int32(-1))
-    with pytest.raises(CheckpointError, match="The first process found no checkpoint to restore; it says why"):
+    with pytest.raises(
+        CheckpointError, match="The first process found no checkpoint to restore, and says why; do what it says"
+    ):
         agreement.agree(lambda: 3)
 
 

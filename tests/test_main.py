@@ -36,7 +36,7 @@ PLACEMENTS = {
 }
 
 BAD_ARGUMENTS = {
-    "no command": ([], "the following arguments are required: command"),
+    "no command": (["--"], "the following arguments are required: command"),
     "unknown command": (["trian"], "invalid choice: 'trian'"),
     "unknown option": (["train", "--stps", "3"], "unrecognized arguments: --stps 3"),
     "unknown axis": (["train", "--mesh", "modle=8", *EIGHT], "Mesh axis 'modle' is unknown (nearest: 'model')"),
@@ -126,9 +126,15 @@ BAD_ARGUMENTS = {
     "empty text": (["train", "--text", "empty"], "gives 0 bytes to train on and 0 held out, from 0 text files"),
     "tiny text": (["train", "--text", "tiny"], "each part needs at least 65; give more text."),
     "text shorter than a row": (["train", "--seq-len", "1000000", "--text", "long"], "needs at least 1,000,001"),
-    "out is a file": (["train", "--out", "tiny"], "--out 'tiny' can't be written: File exists: 'tiny'."),
+    "out is a file": (
+        ["train", "--out", "tiny"],
+        "--out 'tiny' can't be written: File exists: 'tiny'; give another folder.",
+    ),
     "out below a file": (["train", "--out", "tiny/x"], "--out 'tiny/x' can't be written: Not a directory"),
-    "log is a folder": (["train", "--out", "folder"], "can't be written: Is a directory: 'folder/log.jsonl'."),
+    "log is a folder": (
+        ["train", "--out", "folder"],
+        "can't be written: Is a directory: 'folder/log.jsonl'; give another folder.",
+    ),
     "doctor takes nothing": (["doctor", "well"], "unrecognized arguments: well"),
 }
 
@@ -345,6 +351,27 @@ def test_help_and_version_import_no_jax():
 def test_the_console_script_is_this_command():
     scripts = [entry for entry in metadata.entry_points(group="console_scripts") if entry.name == "jaxpar"]
     assert [entry.load() for entry in scripts] == [main]
+
+
+def test_without_arguments_it_says_what_there_is(capsys, monkeypatch):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    listed = re.findall(r"^ +(\w+)", err, re.MULTILINE)
+    assert {"train", "inspect", "estimate", "checkpoint", "launch", "doctor"} <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("installed", "platforms", "is_told"), [("0.0.42", "", True), ("0.0.42", "cpu", False), (None, "", False)]
+)
+def test_doctor_tells_what_quiets_libtpu_where_there_is_no_tpu(capsys, monkeypatch, installed, platforms, is_told):
+    others = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda name: installed if name == "libtpu" else others(name))
+    monkeypatch.setattr(doctor, "read_pins", list)
+    monkeypatch.setattr(doctor.jax, "default_backend", lambda: "cpu")
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert main(["doctor"]) == 0
+    assert ("JAX_PLATFORMS=cpu spares that" in capsys.readouterr().out) is is_told
 
 
 def test_doctor_says_all_is_well_where_it_is(capsys, monkeypatch):

@@ -93,14 +93,17 @@ PUBLIC = [
 ]
 # The modules of the core, each importing only those before it; an engine is what knows jit over a mesh, or pmap.
 CORE = [
+    "whole",
     "targets",
     "mesh",
     "partition",
     "rules",
     "batch",
     "state",
+    "dependence",
     "loss",
     "layout",
+    "blame",
     "step",
     "initialisers",
     "carries",
@@ -111,7 +114,7 @@ CORE = [
 ENGINES = {"sharded", "data_parallel"}
 # The islands' modules, each importing only those before it and these of the core.
 ISLANDS = ["island", "schedule", "sequence", "context", "splash", "expert", "stack", "pipeline", "pipeline_loss"]
-UNDER_ISLANDS = {"targets", "mesh", "state", "loss"}
+UNDER_ISLANDS = {"whole", "targets", "mesh", "state", "loss"}
 # What runs a step for real, each importing only those before it and these.
 RUNNING = ["manifest", "saved_leaves", "saved_files", "failures", "agreement", "checkpoint", "preemption", "source"]
 RUNNING += ["tokens", "work", "progress", "profiling", "watch", "lines", "fit"]
@@ -184,14 +187,6 @@ SHOWN_ELSEWHERE = VALUES | {
     "testing",
     "ExpertKernels",
     "MoELosses",
-    "RecompileWarning",
-    "CheckpointWarning",
-    "Estimate",
-    "LayoutRow",
-    "Leaf",
-    "Step",
-    "EvalStep",
-    "Inspection",
 }
 SHOWN_ELSEWHERE |= {name for name in PUBLIC if name.endswith("Error")}
 

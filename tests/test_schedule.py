@@ -43,14 +43,14 @@ GOOD = make_schedule("1f1b", 2, 2)
 WRONG = {
     "forward before the stage before it": (
         [task._replace(tick=0) if task[1:] == (1, 0, "F") else task for task in GOOD],
-        r"needs F0 of stage 0 before it, which comes at tick 0",
+        r"needs F0 of stage 0 before it, which comes at tick 0; give that an earlier tick",
     ),
     "backward before the stage after it": (
         [task._replace(tick=2) if task[1:] == (0, 0, "B") else task for task in GOOD],
-        r"needs B0 of stage 1 before it, which comes at tick 2",
+        r"needs B0 of stage 1 before it, which comes at tick 2; give that an earlier tick",
     ),
     "two at once": ([*GOOD, Task(0, 0, 9, "F")], r"comes at the same tick as Task\(tick=0, stage=0, microbatch=0"),
-    "one twice": ([*GOOD, Task(9, 0, 0, "F")], r"or twice"),
+    "one twice": ([*GOOD, Task(9, 0, 0, "F")], r"or twice; give a stage one task a tick"),
     "one forgotten": ([task for task in GOOD if task[1:] != (0, 1, "F")], r"needs F1 of stage 0 .* comes never"),
 }
 

@@ -57,10 +57,18 @@ def test_the_kernel_is_exact_where_it_is_interpreted(monkeypatch):
 @pytest.mark.parametrize(
     ("shapes", "options", "message"),
     [
-        (((2, 256, 4, 8), (2, 256, 3, 8)), {}, "q has 4 heads, which do not divide by the 3 of k and v"),
+        (
+            ((2, 256, 4, 8), (2, 256, 3, 8)),
+            {},
+            "q has 4 heads, which do not divide by the 3 of k and v; give a multiple",
+        ),
         (((2, 100, 4, 8), (2, 100, 4, 8)), {}, "q has 100 tokens and k 100; the kernel takes multiples of 128"),
         (((2, 256, 4, 8), (2, 256, 0, 8)), {}, "q has 4 heads, which do not divide by the 0 of k and v"),
-        (((2, 256, 4, 8), (2, 256, 4, 8)), {"block_size": "a"}, "block_size is a; the kernel takes multiples of 128"),
+        (
+            ((2, 256, 4, 8), (2, 256, 4, 8)),
+            {"block_size": "a"},
+            "block_size is 'a'; the kernel takes multiples of 128: give one",
+        ),
         (((2, 256, 4, 8), (2, 256, 4, 8)), {"block_size": 100}, "block_size is 100; the kernel takes multiples of 128"),
         (((256, 4, 8), (256, 4, 8)), {}, r"q, k and v have shapes .*; give \(B, T, H, D\)"),
         (((2, 256, 4, 8), (3, 256, 4, 8)), {}, r"give \(B, T, H, D\), and \(B, S, K, D\) twice, with the same B and D"),

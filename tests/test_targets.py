@@ -37,6 +37,7 @@ def test_every_slice_has_as_many_chips_as_its_shape(chip):
     [
         ("v5", "target is 'v5'; write a chip and how many, as 'v5e-256', or a shape, as 'v5e:16x16'"),
         (256, "target is 256; write a chip and how many"),
+        ("v7x-8", "has the chip 'v7x'; those known are v4, v5e, v5p, v6e"),
         ("v5x-8", r"has the chip 'v5x' \(nearest: 'v5[ep]'\); those known are v4, v5e, v5p, v6e"),
         (
             "v5e-12",

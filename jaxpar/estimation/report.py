@@ -31,6 +31,7 @@ from jaxpar.layout import format_bytes
 from jaxpar.tables import Table, align, name_axes, show, to_html
 from jaxpar.targets import Target, target_of
 from jaxpar.tokens import count_tokens
+from jaxpar.whole import is_whole
 
 _LINKS = {"ICI": "the links between chips (ICI)", "DCN": "the network between slices (DCN)", PACE: "the slowest slice"}
 
@@ -63,6 +64,16 @@ class Estimate:
       unknown_loops: loops whose trips the compiler doesn't tell, each counted once.
       windows: seconds in which rings that XLA makes of a product and its collective wait for their permutes.
       unknown_kernels: calls of Pallas kernels whose operations aren't known.
+
+    >>> import jaxpar
+    >>> price = read_figures()["v5e"]["dollars_an_hour"]
+    >>> sizes = {"tokens": 1024, "unit": "tokens", "model_flops": 10**12, "peak_bytes": 2**30, "hbm_bytes": 2**34}
+    >>> times = {"seconds": 0.5, "fastest": 0.4, "slowest": 0.7, "if_gathered": 0.5, "windows": 0.0}
+    >>> waits = {"busy": {"math": 0.5}, "waits": {}, "sent": {}, "unknown_loops": 0, "unknown_kernels": 0.0}
+    >>> mesh, target = jaxpar.make_mesh(data=8), Target("v5e", (2, 4))
+    >>> found = Estimate("data parallel", target, mesh, price=price, **sizes, **times, **waits)
+    >>> found.fits, found.tokens_per_second
+    (True, 2048.0)
     """
 
     strategy: str
@@ -283,7 +294,7 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
             f"The mesh {dict(mesh.shape)} is of devices that are here, whose time can be measured; give a target, as "
             f"make_mesh({', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}, target='v5e-{mesh.size}')."
         )
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int | np.integer) or tokens < 1):
+    if tokens is not None and not is_whole(tokens):
         raise EstimationError(f"tokens is {tokens!r}; give a whole number, 1 or more.")
     count, unit = count_tokens(batch) if tokens is None else (tokens, "tokens")
     _positive("seconds", seconds)

@@ -176,9 +176,13 @@ def _alike(params: list[LayoutRow], mesh: Mesh, axes: tuple[str, ...]) -> list[l
     groups: list[tuple[set[tuple[int, ...]], list[LayoutRow]]] = []
     for row in params:
         keys = _keys(row, mesh, axes)
-        same = [group for group in groups if group[0] & keys]
-        groups = [group for group in groups if not group[0] & keys]
-        groups.append((keys.union(*(each for each, _ in same)), [*(other for _, rows in same for other in rows), row]))
+        rows, others = [], []
+        for group in groups:
+            if group[0].isdisjoint(keys):
+                others.append(group)
+            else:
+                keys, rows = keys | group[0], rows + group[1]
+        groups = [*others, (keys, [*rows, row])]
     return [rows for _, rows in groups]
 
 

@@ -5,12 +5,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxpar.inspection.collectives import KINDS
 from jaxpar.inspection.report import inspect
 from jaxpar.layout import format_bytes
 from jaxpar.mesh import AXES
+from jaxpar.whole import is_whole
 
 _NO_AXIS = "-"
 
@@ -88,7 +87,7 @@ def _read_budget(budget: Any) -> dict[str, int]:
                 f"The budget has {name!r}; write a kind and axes, as 'all-reduce data' or 'all-gather fsdp,model'. "
                 f"Kinds are {', '.join(KINDS)}; axes are {', '.join(AXES)}."
             )
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+        if not is_whole(count, least=0):
             raise ValueError(f"The budget has {count!r} for {name!r}; give a whole number of bytes, 0 for none.")
         read[f"{kind} {','.join(sorted(named, key=AXES.index)) or _NO_AXIS}"] = int(count)
     return read
@@ -107,6 +106,12 @@ def assert_fits(train_step: Any, state: Any, batch: Any, *, hbm_fraction: float 
       AssertionError: the message gives what it needs, what there is, and the largest leaves.
       ValueError: the mesh is of no target, or the fraction isn't one.
       InspectionError, StateError, BatchError, AheadError: as `jaxpar.inspect`.
+
+    >>> import jaxpar
+    >>> step = jaxpar.sharded(jaxpar.make_mesh(data=8)).compile(lambda state, batch: (state, batch))
+    >>> assert_fits(step, None, None, hbm_fraction=90)
+    Traceback (most recent call last):
+    ValueError: ...
     """
     if isinstance(hbm_fraction, bool) or not isinstance(hbm_fraction, int | float) or not 0 < hbm_fraction <= 1:
         raise ValueError(f"hbm_fraction is {hbm_fraction!r}; give a part of the memory, more than 0 and up to 1.")
