@@ -415,9 +415,10 @@ def test_doctor_says_what_jax_takes_of_a_gpu(environment, message):
 @pytest.mark.slow
 @pytest.mark.devices(8)
 def test_every_placement_gives_the_same_curve(here, monkeypatch):
-    # The model and the text are the defaults; what comes after the steps is another test's.
+    # What comes after the steps is another test's.
     monkeypatch.setattr(train_command, "_HELD_OUT_BYTES", 1)
-    arguments, in_a_process = ["train", "--steps", "30", "--out"], "data=2,model=4"
+    sizes, in_a_process = ["--d-model", "64", "--seq-len", "16"], "data=2,model=4"
+    arguments = ["train", *sizes, "--steps", "30", "--out"]
     for name, placement in PLACEMENTS.items():
         if name == in_a_process:
             done = run_process(*arguments, name, *placement)
