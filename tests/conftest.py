@@ -17,6 +17,13 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for a bare `pytest`; one for tests that are named, and on real devices, which one process holds."""
+    is_bare = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu"
+    return 2 if is_bare and on_cpu and (os.cpu_count() or 1) > 1 else 0
+
+
 def pytest_collection_modifyitems(items):
     """Docstrings show what eight devices give."""
     for item in items:

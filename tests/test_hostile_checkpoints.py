@@ -67,9 +67,10 @@ def bits(state):
     }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _coroutines_end_here():
     yield
+    # Once: it goes through all that earlier files left, which took longer than the test before it.
     gc.collect()
 
 

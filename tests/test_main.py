@@ -26,7 +26,7 @@ EIGHT = ["--fake-devices", "8"]
 LONG = "the cat sat on the mat. " * 100
 
 PLACEMENTS = {
-    "one device": [],
+    "one device": ["--fake-devices", "1"],
     "data=8": ["--mesh", "data=8", *EIGHT],
     "model=8": ["--mesh", "model=8", *EIGHT],
     "fsdp=8": ["--mesh", "fsdp=8", *EIGHT],
@@ -442,14 +442,21 @@ def test_doctor_says_what_jax_takes_of_a_gpu(environment, message):
 
 
 @pytest.mark.slow
-def test_every_placement_gives_the_same_curve(tmp_path):
-    arguments = ["train", "--steps", "30", "--out"]
-    curves = {}
+@pytest.mark.devices(8)
+def test_every_placement_gives_the_same_curve(here, monkeypatch):
+    # What comes after the steps is another test's.
+    monkeypatch.setattr(train_command, "_HELD_OUT_BYTES", 1)
+    sizes, in_a_process = ["--d-model", "64", "--seq-len", "16"], "data=2,model=4"
+    arguments = ["train", *sizes, "--steps", "30", "--out"]
     for name, placement in PLACEMENTS.items():
-        done = run_process(*arguments, str(tmp_path / name), *placement)
-        assert done.returncode == 0, done.stderr
-        curves[name] = read_losses(tmp_path / name)
+        if name == in_a_process:
+            done = run_process(*arguments, name, *placement)
+            assert done.returncode == 0, done.stderr
+        else:
+            assert main([*arguments, name, *placement]) == 0
+    curves = {name: read_losses(here / name) for name in PLACEMENTS}
     for name, curve in curves.items():
+        assert len(curve) == 30
         np.testing.assert_allclose(curve, curves["one device"], atol=1e-4, rtol=0, err_msg=name)
 
 

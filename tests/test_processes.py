@@ -86,7 +86,7 @@ def run(tmp_path, *, count, devices):
     processes = [
         subprocess.Popen(
             [sys.executable, str(program), address, str(count), str(index), str(devices)],
-            env=env | {"JAX_PLATFORMS": "cpu"},
+            env=env | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

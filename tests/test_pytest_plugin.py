@@ -57,6 +57,12 @@ def test_a_run_has_the_devices_asked_for(pytester, monkeypatch, setting):
     run(pytester, *args, test_it=COUNT_DEVICES.format(count=count)).assert_outcomes(passed=1)
 
 
+@pytest.mark.slow
+def test_each_process_of_xdist_has_the_devices_asked_for(pytester):
+    code = COUNT_DEVICES.format(count=4)
+    run(pytester, "-n", "2", "--fake-devices=4", test_one=code, test_two=code).assert_outcomes(passed=2)
+
+
 def test_devices_are_set_before_a_conftest_starts_jax(pytester):
     conftest = "import jax\nCOUNT = len(jax.devices())\n"
     result = run(
