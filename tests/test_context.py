@@ -313,13 +313,26 @@ def test_ulysses_gathers_the_masks_alone():
 class SplitBlock(nnx.Module):
     """Attention under Megatron's sequence parallelism: what `model` splits beside it is the tokens."""
 
-    def __init__(self, rngs):
+    def __init__(self, rngs, attend=ring_attention, split=split_sequence):
         self.query, self.key, self.value, self.out = (nnx.Linear(32, 32, rngs=rngs) for _ in range(4))
+        self.attend, self.split = attend, split
 
     def __call__(self, x):
-        x = split_sequence(x)
+        x = self.split(x)
         q, k, v = (layer(x).reshape(*x.shape[:2], 4, 8) for layer in (self.query, self.key, self.value))
-        return x + self.out(ring_attention(q, k, v, is_causal=True).reshape(x.shape))
+        return x + self.out(self.attend(q, k, v, is_causal=True).reshape(x.shape))
+
+
+def test_ulysses_between_layers_moves_heads_for_tokens_and_nothing_else():
+    strategy = jaxpar.sharded(sub_mesh(context=2, model=2), jaxpar.MEGATRON)
+    make = lambda rng: SplitBlock(nnx.Rngs(rng), ulysses_attention, lambda x: x)
+    state = strategy.abstract_state(lambda rng: jaxpar.TrainState.create(make(rng), optax.sgd(0.1)))
+    step = jaxpar.make_train_step(lambda model, batch, rng: ((model(batch["x"]) ** 2).mean(), {}), strategy)
+    compiled = step.lower(state, {"x": np.ones((16, 64, 32), "float32")}).compile()
+    found = count_collectives(compiled.as_text())
+    # Queries, keys, values and output, each way, over two pairs of devices.
+    assert found.pop(("all-to-all", "f")) == [8, 8 * 16 * 64 * 32 * 4 // 4]
+    assert set(found) == {("all-reduce", "f")}
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp"])

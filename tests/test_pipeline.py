@@ -88,6 +88,8 @@ STRATEGIES = {
     "fsdp_stage_model": lambda: jaxpar.sharded(
         sub_mesh(fsdp=2, stage=2, model=2), jaxpar.PIPELINE, jaxpar.MEGATRON, jaxpar.FSDP
     ),
+    # Beside what fsdp splits, the step is not manual over data.
+    "data_fsdp_stage": lambda: jaxpar.sharded(sub_mesh(data=2, fsdp=2, stage=2), jaxpar.PIPELINE, jaxpar.FSDP),
     "data_stage_model": lambda: jaxpar.sharded(sub_mesh(data=2, stage=2, model=2), jaxpar.PIPELINE, jaxpar.MEGATRON),
     "pmap": lambda: jaxpar.data_parallel(jax.devices()[:2]),
 }
@@ -140,6 +142,14 @@ def test_each_stage_holds_its_layers_and_their_moments():
         assert rows[path].spec == P("stage", None, None)
         assert rows[path].bytes_per_device * 4 == math.prod(rows[path].shape) * 4
     assert rows["params/embed/embedding"].spec == P(None, None)
+
+
+def test_data_is_left_to_the_compiler_where_it_would_end_the_process_over_a_look_up():
+    manual = {}
+    for name in ("data_stage", "data_fsdp_stage", "data_stage_model"):
+        strategy = STRATEGIES[name]()
+        manual[name] = strategy.train_axes(strategy.layout(make_init_fn(0.0)), 1)
+    assert manual == {"data_stage": ("data",), "data_fsdp_stage": (), "data_stage_model": ("data",)}
 
 
 def test_evaluation_and_training_see_the_same_loss():
