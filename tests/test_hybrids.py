@@ -52,10 +52,10 @@ def read_losses(folder):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def short_samples():
-    """What a model makes of a text is not what its curve is: here it's two bytes."""
+def no_samples():
+    """The curve is all that is asked for: what the model scores and writes would be two more compiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_command, "_SAMPLE_BYTES", 2)
+        patch.setattr(train_command, "_conclude", lambda *_: None)
         yield
 
 
