@@ -9,7 +9,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 def needed_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
     """Returns the equations that the outputs depend on, in their order; one with a body counts as a whole."""
-    return _needed(jaxpr)[0]
+    return _needed(jaxpr, lambda eqn: False)[0]
 
 
 def reads(fn: Callable[[Any], Any], tree: Any) -> bool:
@@ -19,14 +19,14 @@ def reads(fn: Callable[[Any], Any], tree: Any) -> bool:
     (True, False)
     """
     jaxpr = jax.make_jaxpr(lambda tree: jax.tree.leaves(fn(tree)))(tree).jaxpr
-    return not _needed(jaxpr)[1].isdisjoint(jaxpr.invars)
+    return not _needed(jaxpr, lambda eqn: bool(eqn.effects))[1].isdisjoint(jaxpr.invars)
 
 
-def _needed(jaxpr: Jaxpr) -> tuple[list[JaxprEqn], set[Var]]:
+def _needed(jaxpr: Jaxpr, counts_too: Callable[[JaxprEqn], bool]) -> tuple[list[JaxprEqn], set[Var]]:
     wanted = {var for var in jaxpr.outvars if isinstance(var, Var)}
     needed = []
     for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or wanted.intersection(eqn.outvars):
+        if counts_too(eqn) or wanted.intersection(eqn.outvars):
             needed.append(eqn)
             wanted.update(var for var in eqn.invars if isinstance(var, Var))
     return needed[::-1], wanted

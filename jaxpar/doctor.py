@@ -71,7 +71,8 @@ def examine() -> int:
     if _is_noisy(os.environ, backend):
         print(
             "\nlibtpu is installed, but there is no TPU: JAX looks for one at each start, and libtpu complains. "
-            "JAX_PLATFORMS=cpu spares that; jaxpar compiles for TPU pods all the same."
+            f"JAX_PLATFORMS={'cuda' if backend == 'gpu' else 'cpu'} spares that; jaxpar compiles for TPU pods all the "
+            "same."
         )
     broken = [pin for pin in pins if not pin.holds]
     for pin in broken:

@@ -96,10 +96,10 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         # An axis that splits parameters stays the compiler's: made manual, it would gather every weight whole at entry.
         # So do fsdp and expert even where they split none: a model's own reductions name the data axis alone.
         is_manual = accumulates and mesh.shape.get(AXIS_NAME, 1) > 1 and AXIS_NAME not in splits
-        # Nor is data manual beside fsdp and an axis that splits no rows: XLA's partitioner (jax 0.10 to 0.12) ends the
-        # process over look-ups there, in a table or, for the labels' sake, in logits.
-        looks_up = "fsdp" in splits and {"stage", "model"} & {axis for axis, size in mesh.shape.items() if size > 1}
-        return (AXIS_NAME,) if is_manual and not looks_up else ()
+        # Nor is data manual beside fsdp and one of stage and model: there XLA's partitioner (jax 0.10 to 0.12) ends the
+        # process over gathers, from an embedding or of each label's logit.
+        would_abort = "fsdp" in splits and {"stage", "model"} & {axis for axis, size in mesh.shape.items() if size > 1}
+        return (AXIS_NAME,) if is_manual and not would_abort else ()
 
     def run_shards(fn: Callable, axes: tuple[str, ...], batch: Any) -> Callable:
         inner = fn if AXIS_NAME in axes else _bind_axis_name(fn)

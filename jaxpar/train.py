@@ -35,7 +35,8 @@ def make_train_step(
     """Returns `train_step(state, batch) -> (state, metrics)`, which computes the same under every strategy.
 
     The loss and its gradient are Σ total / Σ weight over all shards and microbatches; gradients are summed once a step
-    over each batch axis that splits no parameter. A step whose total weight is 0, or whose float16 gradients are not
+    over each batch axis that splits no parameter, but not over `data` beside `fsdp` and `stage` or `model` (README.md's
+    limits tell why). A step whose total weight is 0, or whose float16 gradients are not
     finite, changes nothing but the step's number, and counts 1 in the metric `skipped`.
 
     Args:

@@ -8,8 +8,9 @@ import jax
 from jaxpar.step import Step
 from jaxpar.tokens import count_tokens
 
-# Dense products in bfloat16, operations a second, from NVIDIA's data sheets; TPUs stand with all that prices them.
-GPU_PEAKS = {
+# Dense products in bfloat16 without sparsity, operations a second, from NVIDIA's data sheet of each board; TPUs
+# stand with all that prices them.
+_GPU_PEAK_FLOPS = {
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -63,8 +64,8 @@ class Meter:
 def peak_flops(devices: Any) -> float | None:
     """Returns what the devices together can do in a second, matrix products in bfloat16; None if one isn't known."""
     kinds = [device.device_kind for device in devices]
-    if all(kind in GPU_PEAKS for kind in kinds):
-        return math.fsum(GPU_PEAKS[kind] for kind in kinds)
+    if all(kind in _GPU_PEAK_FLOPS for kind in kinds):
+        return math.fsum(_GPU_PEAK_FLOPS[kind] for kind in kinds)
     if not all(kind.startswith("TPU") for kind in kinds):
         # The table takes a while to load.
         return None

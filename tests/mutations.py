@@ -83,14 +83,14 @@ MUTATIONS = [
     Mutation(
         "microbatches left to the compiler over data",
         "sharded.py",
-        "return (AXIS_NAME,) if is_manual and not looks_up else ()",
+        "return (AXIS_NAME,) if is_manual and not would_abort else ()",
         "return ()",
         COMPILED + "data_parallel_gradients_are_reduced_once_a_step_in_one_collective[4-data]",
     ),
     Mutation(
         "stages manual over data beside fsdp",
         "sharded.py",
-        "if is_manual and not looks_up else",
+        "if is_manual and not would_abort else",
         "if is_manual else",
         "tests/test_pipeline.py::test_data_is_left_to_the_compiler_where_it_would_end_the_process_over_a_look_up",
     ),
