@@ -105,11 +105,10 @@ def ulysses_attention(
     by_head, by_token = ((None, axes), (_AXIS,)) if size > 1 else ((), ())
     k_BTKD, v_BTKD = (_repeat_heads(x, heads, math.prod(map(_automatic_size, axes))) for x in (k_BTKD, v_BTKD))
     kernel = _make_kernel(q_BTHD, scale, block_size, 1, by_head)
-    # The compiler makes the all-to-alls, between this and what the kernel asks for: those of a shard_map gather what it
-    # splits over other axes (jax 0.10.2).
-    arrays = [_constrain(x, by_token) for x in (q_BTHD, k_BTKD, v_BTKD)]
+    # The compiler makes the all-to-alls: those of a shard_map gather what it splits over other axes (jax 0.10.2).
+    arrays = [_constrain(x, by_token, by_head) for x in (q_BTHD, k_BTKD, v_BTKD)]
     masks = tuple(_constrain(mask, by_head[:1]) for mask in masks)
-    return _constrain(_attend(kernel, *arrays, masks), by_token)
+    return _constrain(_attend(kernel, *arrays, masks), by_head, by_token)
 
 
 def split_sequence(x: jax.Array, *, axis: str = "model") -> jax.Array:
@@ -307,11 +306,11 @@ def _repeat_heads(x_BTKD: jax.Array, heads: int, parts: int) -> jax.Array:
     return jnp.repeat(x_BTKD, copies, axis=2) if copies > 1 else x_BTKD
 
 
-def _constrain(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
-    """`x` with dims 1 and on split by the spec, all others as the compiler likes; as it is if the spec is empty."""
+def _constrain(x: jax.Array, *specs: tuple[Any, ...]) -> jax.Array:
+    """`x` with dims 1 and on split by one spec after the other, all others as the compiler likes; as it is for none."""
     free = [PartitionSpec.UNCONSTRAINED] * x.ndim
-    full = PartitionSpec(*[free[0], *spec, *free][: x.ndim])
-    return jit_island(lambda x: lax.with_sharding_constraint(x, full))(x) if spec else x
+    full = [PartitionSpec(*[free[0], *spec, *free][: x.ndim]) for spec in specs if spec]
+    return jit_island(lambda x: functools.reduce(lax.with_sharding_constraint, full, x))(x) if full else x
 
 
 def _automatic_size(axis: str) -> int:
