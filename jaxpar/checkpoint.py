@@ -171,6 +171,8 @@ class Checkpoints:
           CheckpointError: the one before, or this one, can't be written.
         """
         if step is None and (step := getattr(state, "step", None)) is None:
+            # What is no state at all is named as that.
+            leaves_of(state)
             raise CheckpointError("The state has no step of its own; give save(state, step=n).")
         number = check_step(step)
         if not force and number % self.every:

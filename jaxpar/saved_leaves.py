@@ -1,6 +1,5 @@
 """The leaves of a state as a checkpoint holds them, and whether it holds those that are needed."""
 
-import inspect
 import math
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxpar.manifest import shown
-from jaxpar.state import is_key, named_leaves
+from jaxpar.state import StateError, check_is_state, is_key, named_leaves
 
 _KEY = "key"
 
@@ -106,11 +105,10 @@ def check_loaded(loaded: Any, numbers: dict[str, Any], name: str) -> Any:
 
 def leaves_of(state: Any) -> dict[str, Any]:
     """Returns each leaf by its path; raises CheckpointError where one is no array of a mesh, or two have one path."""
-    if inspect.isroutine(state):
-        raise CheckpointError(
-            f"The state is the function {getattr(state, '__name__', state)}; give what strategy.init or strategy.place "
-            "returned, or, of an init_fn, strategy.abstract_state(init_fn)."
-        )
+    try:
+        check_is_state(state)
+    except StateError as error:
+        raise CheckpointError(str(error)) from error
     named: dict[str, Any] = {}
     for path, leaf in named_leaves(state):
         if path in named:

@@ -1,7 +1,6 @@
 """`Step`: a function compiled for a strategy, and what it checks of its arguments before any compile."""
 
 import functools
-import inspect
 import math
 import time
 import warnings
@@ -17,7 +16,7 @@ from jax.tree_util import tree_flatten
 from jaxpar.batch import BatchError, match_path, name_leaf
 from jaxpar.blame import level_of_caller
 from jaxpar.layout import Layout
-from jaxpar.state import StateError, TrainState, named_leaves, split_params
+from jaxpar.state import StateError, TrainState, check_is_state, named_leaves, split_params
 
 if TYPE_CHECKING:
     from jaxpar.strategy import Strategy
@@ -163,6 +162,7 @@ class Step:
         return self.strategy.engine.export(self.fn, state, batch, self.carries_state)
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
+        check_is_state(state)
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
                 "jax_disable_jit is set, but a step is compiled ahead of time; call your own function by itself "
@@ -219,11 +219,7 @@ class Step:
                 )
 
     def _check_state(self, state: Any) -> None:
-        if inspect.isroutine(state):
-            raise StateError(
-                f"The state is the function {getattr(state, '__name__', state)}; give a state, or for an init_fn "
-                "strategy.abstract_state(init_fn)."
-            )
+        check_is_state(state)
         mesh_devices = set(self.strategy.mesh.devices.flat)
         for path, leaf in named_leaves(state):
             devices = getattr(getattr(leaf, "sharding", None), "device_set", ())

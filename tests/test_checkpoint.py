@@ -299,6 +299,9 @@ def test_an_init_fn_in_place_of_a_state_is_named(tmp_path):
         checkpoints.save({"w": jnp.ones(4)}, step=0)
         with pytest.raises(CheckpointError, match=r"The state is the function init_fn; give .*abstract_state\(init_fn"):
             checkpoints.restore(init_fn)
+        for options in ({}, {"step": 0}):
+            with pytest.raises(CheckpointError, match=r"The state is a partial; give .*abstract_state\(init_fn"):
+                checkpoints.save(functools.partial(init_fn, None), **options)
 
 
 def test_a_folder_that_vanished_fails_the_next_call_and_no_other(tmp_path):
