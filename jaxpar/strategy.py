@@ -305,10 +305,8 @@ def check_takes(fn: Any, name: str, *arguments: str) -> None:
     try:
         signature.bind(*arguments)
     except TypeError:
-        raise StateError(
-            f"{name} takes {signature}, but is called as {name}({', '.join(arguments)}); let it take "
-            f"{f'these {len(arguments)}' if len(arguments) > 1 else 'this one'}."
-        ) from None
+        call = f"{name}({', '.join(arguments)})"
+        raise StateError(f"{name} takes {signature}, but is called as {call}; give a function {call}.") from None
 
 
 def param_specs(layout: Layout) -> dict[str, PartitionSpec]:

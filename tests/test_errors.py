@@ -683,7 +683,7 @@ STATES = {
     ),
     "a loss in place of init_fn": (
         lambda: data().init(loss_fn, KEY),
-        "init_fn takes (model, batch, rng), but is called as init_fn(rng); let it take this one.",
+        "init_fn takes (model, batch, rng), but is called as init_fn(rng); give a function init_fn(rng).",
     ),
     "an init_fn in place of a state, to lower": (
         lambda: make_train_step(loss_fn, data()).lower(init_fn, BATCH),
@@ -1034,15 +1034,16 @@ ARGUMENTS = {
     ),
     "a loss without its key": (
         lambda: make_train_step(lambda model, batch: (1.0, {}), data()),
-        "loss_fn takes (model, batch), but is called as loss_fn(model, batch, rng); let it take these 3.",
+        "loss_fn takes (model, batch), but is called as loss_fn(model, batch, rng); give a function loss_fn(model, "
+        "batch, rng).",
     ),
     "an init_fn in place of a loss": (
         lambda: make_train_step(init_fn, data()),
-        "loss_fn takes (rng), but is called as loss_fn(model, batch, rng); let it take these 3.",
+        "loss_fn takes (rng), but is called as loss_fn(model, batch, rng); give a function loss_fn(model, batch, rng).",
     ),
     "an evaluation without its key": (
         lambda: make_eval_step(lambda model, batch: 1.0, data()),
-        "fn takes (model, batch), but is called as fn(model, batch, rng); let it take these 3.",
+        "fn takes (model, batch), but is called as fn(model, batch, rng); give a function fn(model, batch, rng).",
     ),
     "strategy and loss exchanged": (
         lambda: make_train_step(data(), loss_fn),
