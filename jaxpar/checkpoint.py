@@ -25,24 +25,14 @@ from jaxpar.manifest import (
     read_manifest,
     write_manifest,
 )
-from jaxpar.saved_files import (
-    BEFORE,
-    FAILED,
-    NEW,
-    check_files,
-    check_step,
-    put_back,
-    read_content,
-    remove,
-    replace,
-    step_of,
-)
+from jaxpar.saved_files import BEFORE, FAILED, NEW, check_files, put_back, read_content, remove, replace, step_of
 from jaxpar.saved_leaves import (
     CheckpointError,
     abstract_leaf,
     as_key_like,
     check_leaves,
     check_loaded,
+    check_step,
     check_stored,
     dtype_of,
     leaves_of,
@@ -60,8 +50,7 @@ _NEXT = "; save one first, or give the folder that holds them (its subfolders ar
 class CheckpointWarning(UserWarning):
     """A checkpoint was passed over or could not be written, or a run went back to one: what happened, and what now.
 
-    >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("error", CheckpointWarning)  # a run in here ends where it would only be told
+    `warnings.simplefilter("error", CheckpointWarning)` ends a run where it would only be told.
     """
 
 

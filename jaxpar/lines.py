@@ -1,4 +1,4 @@
-"""The plain lines of a run: one a minute in a file or a pipe, one of a restart anywhere; changes with what logs need."""
+"""The plain lines of a run: one a minute to a file or a pipe, one of a restart anywhere; changes with what is told."""
 
 import pathlib
 import sys

@@ -35,21 +35,6 @@ def step_of(name: str) -> int | None:
     return int(name) if is_step else None
 
 
-def check_step(step: Any) -> int:
-    """Returns the number under which a checkpoint lies, of a state's own `step` too.
-
-    Raises:
-      CheckpointError: it is none.
-
-    >>> check_step(jnp.int32(120))
-    120
-    """
-    number = step.item() if getattr(step, "shape", None) == () and hasattr(step, "item") else step
-    if not is_whole(number, least=0) or int(number) >= 2**31:
-        raise CheckpointError(f"step is {number!r}; give a whole number, 0 or more and less than {2**31}.")
-    return int(number)
-
-
 def read_content(folder: pathlib.Path) -> dict[str, Any]:
     """Returns what a checkpoint's manifest tells: its step, data, leaves, devices and processes.
 

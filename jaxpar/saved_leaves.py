@@ -1,4 +1,4 @@
-"""The leaves of a state as a checkpoint holds them, and whether it holds those that are needed."""
+"""A state as a checkpoint holds it, its leaves and its step, and whether it holds those that are needed."""
 
 import math
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxpar.manifest import shown
 from jaxpar.state import StateError, check_is_state, is_key, named_leaves
+from jaxpar.whole import is_whole
 
 _KEY = "key"
 
@@ -101,6 +102,21 @@ def check_loaded(loaded: Any, numbers: dict[str, Any], name: str) -> Any:
                 f"{name} gave {told} for {path!r}, but the state needs {needed}. Restore another one."
             )
     return loaded
+
+
+def check_step(step: Any) -> int:
+    """Returns the number under which a checkpoint lies, of a state's own `step` too.
+
+    Raises:
+      CheckpointError: it is none.
+
+    >>> check_step(np.array(120))
+    120
+    """
+    number = step.item() if getattr(step, "shape", None) == () and hasattr(step, "item") else step
+    if not is_whole(number, least=0) or int(number) >= 2**31:
+        raise CheckpointError(f"step is {number!r}; give a whole number, 0 or more and less than {2**31}.")
+    return int(number)
 
 
 def leaves_of(state: Any) -> dict[str, Any]:

@@ -27,8 +27,14 @@ StepFn = Callable[[Any, Any], Any]
 class RecompileWarning(UserWarning):
     """A batch of another shape made a step compile again.
 
-    >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("error", RecompileWarning)  # what runs here fails where it would compile again
+    >>> import jaxpar
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    >>> step, state = strategy.compile(lambda state, batch: (state, {})), strategy.place(jnp.ones(()))
+    >>> for rows in (8, 16):
+    ...     with warnings.catch_warnings(action="error", category=RecompileWarning):
+    ...         state, _ = step(state, strategy.shard_batch({"x": jnp.ones(rows)}))
+    Traceback (most recent call last):
+    jaxpar.step.RecompileWarning: Batch leaf ['x'] changed from (8,) float32 to (16,) float32: the step compiled...
     """
 
 
@@ -356,13 +362,10 @@ def _describe_change(batch: Any, before: Any, example_dims: int) -> str:
         shape = (math.prod(leaf.shape[:example_dims]), *leaf.shape[example_dims:])[: max(leaf.ndim, 1)]
         return f"{shape if leaf.ndim >= example_dims else leaf.shape} {leaf.dtype}"
 
-    changed = (name for name in new if (new[name].shape, new[name].dtype) != (old[name].shape, old[name].dtype))
-    name = next(changed, None)
-    return (
-        "The batch changed its containers"
-        if name is None
-        else (f"Batch leaf {name} changed from {show(old[name])} to {show(new[name])}")
-    )
+    for name in new:
+        if (new[name].shape, new[name].dtype) != (old[name].shape, old[name].dtype):
+            return f"Batch leaf {name} changed from {show(old[name])} to {show(new[name])}"
+    return "The batch changed its containers"
 
 
 def looks_for_nans() -> bool:
