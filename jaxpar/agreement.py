@@ -61,7 +61,7 @@ def all_ready(get_ready: Callable[[], None]) -> None:
         if failed.size and error is None:
             which = ", ".join(map(str, failed))
             raise CheckpointError(
-                f"Process {which} can't save, and says why; so none of {jax.process_count()} does. Mend it there."
+                f"Process {which} can't save, so none of {jax.process_count()} does. See that process's own error."
             )
     if error is not None:
         raise error

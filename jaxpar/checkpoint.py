@@ -32,6 +32,7 @@ from jaxpar.saved_leaves import (
     as_key_like,
     check_leaves,
     check_loaded,
+    check_step,
     check_stored,
     dtype_of,
     leaves_of,
@@ -43,13 +44,13 @@ from jaxpar.whole import is_whole
 # How long a process waits for the others' parts: Orbax doesn't learn that one of them failed. At most its own default.
 _LEAST_SECONDS, _BYTES_A_SECOND, _MOST_SECONDS = 120, 10**7, 1200
 _GRACE_SECONDS = 2
+_NEXT = "; save one first, or give the folder that holds them (its subfolders are numbers)."
 
 
 class CheckpointWarning(UserWarning):
     """A checkpoint was passed over or could not be written, or a run went back to one: what happened, and what now.
 
-    >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("error", CheckpointWarning)  # a run in here ends where it would only be told
+    `warnings.simplefilter("error", CheckpointWarning)` ends a run where it would only be told.
     """
 
 
@@ -158,9 +159,11 @@ class Checkpoints:
         Raises:
           CheckpointError: the one before, or this one, can't be written.
         """
-        number = int(getattr(state, "step", -1) if step is None else step)
-        if not 0 <= number < 2**31:
-            raise CheckpointError(f"step is {number}; give a whole number, 0 or more and less than {2**31}.")
+        if step is None and (step := getattr(state, "step", None)) is None:
+            # What is no state at all is named as that.
+            leaves_of(state)
+            raise CheckpointError("The state has no step of its own; give save(state, step=n).")
+        number = check_step(step)
         if not force and number % self.every:
             return False
         named = leaves_of(state)
@@ -228,7 +231,7 @@ class Checkpoints:
           CheckpointError: it is damaged, unfinished or not there.
         """
         try:
-            return check_manifest(self._folder(step))
+            return check_manifest(self._folder(check_step(step)))
         except ManifestError as error:
             raise CheckpointError(_told_of(step, error)) from error
 
@@ -243,8 +246,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, it is damaged, or its leaves, shapes or dtypes are not those that are needed.
         """
-        if step is not None and not is_whole(step, least=0):
-            raise CheckpointError(f"step is {step!r}; give a whole number, one of {self.steps}.")
+        step = None if step is None else check_step(step)
         self.wait()
         chosen = agree(lambda: self._choose(step, verify))
         folder, name = self._folder(chosen), f"Checkpoint {chosen} in {self.directory}"
@@ -266,7 +268,7 @@ class Checkpoints:
         """The step to restore: the one that is asked for, or the latest that is whole."""
         check = check_manifest if verify else read_manifest
         passed: list[str] = []
-        for candidate in reversed(self.steps) if step is None else [int(step)]:
+        for candidate in reversed(self.steps) if step is None else [step]:
             try:
                 check(self._folder(candidate))
             except ManifestError as error:
@@ -275,12 +277,14 @@ class Checkpoints:
                     passed.append(_told_of(candidate, error))
                     continue
                 others = [other for other in self.steps if other != candidate]
-                told = f"{_told_of(candidate, error)} Others in {self.directory} are {others or 'none'}."
-                raise CheckpointError(told) from error
+                rest = (
+                    f"Others in {self.directory} are {others}." if others else f"{self.directory} has no other{_NEXT}"
+                )
+                raise CheckpointError(f"{_told_of(candidate, error)} {rest}") from error
             for message in passed:
                 warnings.warn(f"{message} An older one, {candidate}, is taken.", CheckpointWarning, stacklevel=4)
             return candidate
-        told = f": {' '.join(passed)}" if passed else "."
+        told = f": {' '.join(passed)}" if passed else _NEXT
         raise CheckpointError(f"{self.directory} has no checkpoint that can be restored{told}")
 
     def _finish(self, response: Any, folder: pathlib.Path, content: dict[str, Any], failed: list[Exception]) -> None:
@@ -350,7 +354,7 @@ class Checkpoints:
             )
 
     def _folder(self, step: int) -> pathlib.Path:
-        return self.directory / str(int(step))
+        return self.directory / str(step)
 
 
 def _orbax() -> Any:

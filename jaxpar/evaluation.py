@@ -99,6 +99,11 @@ def make_eval_step(
       compute_dtype: the dtype in which the model sees floating-point parameters.
       compiler_options: XLA's, by name, for `jax.jit`.
 
+    Raises:
+      ValueError: an argument that can't be; at the first call, a value that is neither a mean nor one an example.
+      TypeError: `fn` is no function, or `strategy` no strategy.
+      StateError: `fn` takes other arguments; at the first call, the state is no `TrainState`.
+
     >>> import jaxpar, optax
     >>> from flax import nnx
     >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=-1))

@@ -55,7 +55,8 @@ def fit(
     `checkpoint.every` steps, at the end, and when the process is asked to end (SIGTERM): then it leaves with code 143.
     A second SIGTERM ends it at once. On a terminal one live line tells step, loss, tokens/s, a step's time, model FLOPs
     utilisation where the chip is known, and how long it will take; elsewhere, without `on_step`, a plain line a minute
-    tells step, loss and a step's time. A line tells of a restart. Without any of this it is
+    tells step, loss and a step's time. Without `on_step` one line says from which step it goes on. Without any of this
+    it is
 
         for batch in batches:
             state, metrics = train_step(state, strategy.shard_batch(batch))
@@ -93,7 +94,7 @@ def fit(
     3
     """
     _check(train_step, state, steps, eval_step, checkpoint, nonfinite)
-    _check_ends(batches, on_step)
+    _check_batches_and_on_step(batches, on_step)
     options = _Options(train_step, steps, eval_step, checkpoint, nonfinite, on_step is None)
     _check_profile(profile, steps)
     estimated = _seconds_of(estimate)
@@ -114,7 +115,7 @@ class _Options(NamedTuple):
     eval_step: tuple[EvalStep, Iterable[Any]] | None
     checkpoint: Checkpoints | None
     nonfinite: str
-    tells: bool
+    tells_resume: bool
 
 
 class _Run:
@@ -171,7 +172,7 @@ class _Run:
             )
         state, place = self._restore(state, checkpoint)
         self.safe = int(state.step)
-        if self.options.tells:
+        if self.options.tells_resume:
             tell_resume(self.safe, checkpoint.directory)
         return state, place
 
@@ -356,7 +357,7 @@ def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: 
         raise FitError("nonfinite is 'roll back', but there is nothing to go back to; give checkpoint=, or 'stop'.")
 
 
-def _check_ends(batches: Any, on_step: Any) -> None:
+def _check_batches_and_on_step(batches: Any, on_step: Any) -> None:
     """Raises FitError unless batches can come in, and steps be told."""
     if on_step is not None and not callable(on_step):
         raise FitError(
@@ -376,7 +377,7 @@ def _check_profile(profile: Any, steps: int) -> None:
     if not isinstance(profile, Profile):
         raise FitError(f"profile is {profile!r}; give jaxpar.Profile(directory, first, last).")
     ends = profile.first, profile.last
-    if not all(map(is_whole, ends)) or not (1 <= profile.first <= profile.last <= steps):
+    if not all(map(is_whole, ends)) or not profile.first <= profile.last <= steps:
         raise FitError(
             f"profile is of the steps {profile.first!r} to {profile.last!r}, but the run's are 1 to {steps}; give two "
             "of these, the smaller first."

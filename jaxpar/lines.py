@@ -1,4 +1,4 @@
-"""The lines of a run whose output is a file or a pipe, as a batch job's is; changes with what such a log needs."""
+"""The plain lines of a run: one a minute to a file or a pipe, one of a restart anywhere; changes with what is told."""
 
 import pathlib
 import sys

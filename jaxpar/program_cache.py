@@ -85,7 +85,11 @@ def _folder() -> pathlib.Path | None:
     except (OSError, RuntimeError):
         # A user without a home has nothing kept, unless a folder is named.
         if named:
-            warnings.warn(f"{named} is no folder that can be made: compiled programs are not kept.", stacklevel=5)
+            warnings.warn(
+                f"{named} is no folder that can be made: compiled programs are not kept; name another by "
+                "JAXPAR_CACHE_DIR, or leave it empty to keep none.",
+                stacklevel=5,
+            )
         return None
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         warnings.warn(

@@ -1,6 +1,5 @@
-"""The leaves of a state as a checkpoint holds them, and whether it holds those that are needed."""
+"""A state as a checkpoint holds it, its leaves and its step, and whether it holds those that are needed."""
 
-import inspect
 import math
 from typing import Any
 
@@ -8,7 +7,8 @@ import jax
 import numpy as np
 
 from jaxpar.manifest import shown
-from jaxpar.state import is_key, named_leaves
+from jaxpar.state import StateError, check_is_state, is_key, named_leaves
+from jaxpar.whole import is_whole
 
 _KEY = "key"
 
@@ -104,13 +104,27 @@ def check_loaded(loaded: Any, numbers: dict[str, Any], name: str) -> Any:
     return loaded
 
 
+def check_step(step: Any) -> int:
+    """Returns the number under which a checkpoint lies, of a state's own `step` too.
+
+    Raises:
+      CheckpointError: it is none.
+
+    >>> check_step(np.array(120))
+    120
+    """
+    number = step.item() if getattr(step, "shape", None) == () and hasattr(step, "item") else step
+    if not is_whole(number, least=0) or int(number) >= 2**31:
+        raise CheckpointError(f"step is {number!r}; give a whole number, 0 or more and less than {2**31}.")
+    return int(number)
+
+
 def leaves_of(state: Any) -> dict[str, Any]:
     """Returns each leaf by its path; raises CheckpointError where one is no array of a mesh, or two have one path."""
-    if inspect.isroutine(state):
-        raise CheckpointError(
-            f"The state is the function {getattr(state, '__name__', state)}; give what strategy.init or strategy.place "
-            "returned, or, of an init_fn, strategy.abstract_state(init_fn)."
-        )
+    try:
+        check_is_state(state)
+    except StateError as error:
+        raise CheckpointError(str(error)) from error
     named: dict[str, Any] = {}
     for path, leaf in named_leaves(state):
         if path in named:

@@ -211,6 +211,16 @@ def as_key(rng: Any) -> jax.Array:
     raise StateError(f"rng is {rng!r}; give a random key, as jax.random.key(0).")
 
 
+def check_is_state(state: Any) -> None:
+    """Raises StateError where a function stands in place of a state, an `init_fn` as it may be: wrapped, or jitted."""
+    if callable(state) and jax.tree_util.all_leaves([state]):
+        kind, name = type(state).__name__, getattr(state, "__name__", None)
+        raise StateError(
+            f"The state is {f'a {kind}' if name is None else f'the {kind} {name}'}; give what strategy.init(init_fn, "
+            "rng) or strategy.place returned, or, of shapes alone, strategy.abstract_state(init_fn)."
+        )
+
+
 def _join(root: str, path: tuple) -> str:
     return "/".join((root, *map(str, path)))
 

@@ -1,7 +1,6 @@
 """`Step`: a function compiled for a strategy, and what it checks of its arguments before any compile."""
 
 import functools
-import inspect
 import math
 import time
 import warnings
@@ -17,7 +16,7 @@ from jax.tree_util import tree_flatten
 from jaxpar.batch import BatchError, match_path, name_leaf
 from jaxpar.blame import level_of_caller
 from jaxpar.layout import Layout
-from jaxpar.state import StateError, TrainState, named_leaves, split_params
+from jaxpar.state import StateError, TrainState, check_is_state, named_leaves, split_params
 
 if TYPE_CHECKING:
     from jaxpar.strategy import Strategy
@@ -28,8 +27,14 @@ StepFn = Callable[[Any, Any], Any]
 class RecompileWarning(UserWarning):
     """A batch of another shape made a step compile again.
 
-    >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("error", RecompileWarning)  # what runs here fails where it would compile again
+    >>> import jaxpar
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    >>> step, state = strategy.compile(lambda state, batch: (state, {})), strategy.place(jnp.ones(()))
+    >>> for rows in (8, 16):
+    ...     with warnings.catch_warnings(action="error", category=RecompileWarning):
+    ...         state, _ = step(state, strategy.shard_batch({"x": jnp.ones(rows)}))
+    Traceback (most recent call last):
+    jaxpar.step.RecompileWarning: Batch leaf ['x'] changed from (8,) float32 to (16,) float32: the step compiled...
     """
 
 
@@ -163,6 +168,7 @@ class Step:
         return self.strategy.engine.export(self.fn, state, batch, self.carries_state)
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
+        check_is_state(state)
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
                 "jax_disable_jit is set, but a step is compiled ahead of time; call your own function by itself "
@@ -219,11 +225,7 @@ class Step:
                 )
 
     def _check_state(self, state: Any) -> None:
-        if inspect.isroutine(state):
-            raise StateError(
-                f"The state is the function {getattr(state, '__name__', state)}; give a state, or for an init_fn "
-                "strategy.abstract_state(init_fn)."
-            )
+        check_is_state(state)
         mesh_devices = set(self.strategy.mesh.devices.flat)
         for path, leaf in named_leaves(state):
             devices = getattr(getattr(leaf, "sharding", None), "device_set", ())
@@ -360,13 +362,10 @@ def _describe_change(batch: Any, before: Any, example_dims: int) -> str:
         shape = (math.prod(leaf.shape[:example_dims]), *leaf.shape[example_dims:])[: max(leaf.ndim, 1)]
         return f"{shape if leaf.ndim >= example_dims else leaf.shape} {leaf.dtype}"
 
-    changed = (name for name in new if (new[name].shape, new[name].dtype) != (old[name].shape, old[name].dtype))
-    name = next(changed, None)
-    return (
-        "The batch changed its containers"
-        if name is None
-        else (f"Batch leaf {name} changed from {show(old[name])} to {show(new[name])}")
-    )
+    for name in new:
+        if (new[name].shape, new[name].dtype) != (old[name].shape, old[name].dtype):
+            return f"Batch leaf {name} changed from {show(old[name])} to {show(new[name])}"
+    return "The batch changed its containers"
 
 
 def looks_for_nans() -> bool:

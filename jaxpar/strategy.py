@@ -18,7 +18,7 @@ from jaxpar.initialisers import find_makers
 from jaxpar.layout import Layout, layout_state
 from jaxpar.mesh import check_is_here, is_target
 from jaxpar.partition import Rules
-from jaxpar.state import StateError, TrainState, as_key, leaf_path, named_leaves
+from jaxpar.state import StateError, TrainState, as_key, check_is_state, leaf_path, named_leaves
 from jaxpar.step import Engine, Step, StepFn
 
 
@@ -76,18 +76,25 @@ class Strategy:
         The copy is its own: the steps, which donate the memory of their state, leave the given one alone. A step of
         your own may carry any pytree of arrays and `TrainState`s: arrays outside one are replicated.
 
+        Raises:
+          StateError: it is a function, or a leaf is no array of numbers, a shape alone, or gone.
+          PartitionError: the rules don't fit the state.
+
         >>> import jaxpar, optax
         >>> state = jaxpar.TrainState.create(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), optax.adam(1e-3))
         >>> jaxpar.data_parallel().place(state).params["kernel"].sharding.is_fully_replicated
         True
         """
         check_is_here(self.mesh)
+        check_is_state(state)
         # device_put gives back the very buffers where a device stays, even with may_alias=False (jax 0.10.2).
         for path, leaf in named_leaves(state):
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 raise StateError(f"State leaf {path!r} is a shape, not an array; make the state with strategy.init.")
             if isinstance(leaf, jax.Array) and leaf.is_deleted():
                 raise StateError(f"State leaf {path!r} is gone: a step took over its memory; place what it returned.")
+            if not isinstance(leaf, jax.Array) and not _is_numeric(leaf):
+                raise StateError(f"State leaf {path!r} is {leaf!r}, a {type(leaf).__name__}; give an array of numbers.")
         state = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else np.array(leaf), state)
         whole = NamedSharding(self.mesh, PartitionSpec())
 
@@ -298,10 +305,8 @@ def check_takes(fn: Any, name: str, *arguments: str) -> None:
     try:
         signature.bind(*arguments)
     except TypeError:
-        raise StateError(
-            f"{name} takes {signature}, but is called as {name}({', '.join(arguments)}); let it take "
-            f"{f'these {len(arguments)}' if len(arguments) > 1 else 'this one'}."
-        ) from None
+        call = f"{name}({', '.join(arguments)})"
+        raise StateError(f"{name} takes {signature}, but is called as {call}; give a function {call}.") from None
 
 
 def param_specs(layout: Layout) -> dict[str, PartitionSpec]:
@@ -332,6 +337,11 @@ def _split_init(init_fn: Callable[[jax.Array], TrainState]) -> Callable[[jax.Arr
         return dataclasses.replace(state, rng=state_key)
 
     return init
+
+
+def _is_numeric(leaf: Any) -> bool:
+    dtype = np.asarray(leaf).dtype
+    return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, np.bool_)
 
 
 def _abstract_key() -> Any:

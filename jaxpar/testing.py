@@ -367,9 +367,8 @@ def _check_layout(state: TrainState, strategy: Strategy, when: str) -> None:
         here = {device: index for device, index in want.items() if device.process_index == jax.process_index()}
         # A random key's shards have a dim more, of its words.
         if {shard.device: shard.index[: leaf.ndim] for shard in leaf.addressable_shards} != here:
-            raise AssertionError(
-                f"{when}: {row.path!r} lies as {leaf.sharding}, but {strategy.name} lays it out as {row.spec}."
-            )
+            told = f"{when}: {row.path!r} lies as {leaf.sharding}, but {strategy.name} lays it out as {row.spec}"
+            raise AssertionError(f"{told}; give it that sharding, as strategy.place does.")
 
 
 def _count_compiles(step: Callable, strategy: Strategy) -> Callable:
@@ -392,7 +391,7 @@ def _count_compiles(step: Callable, strategy: Strategy) -> Callable:
         if shapes in seen and compiles:
             raise AssertionError(
                 f"The step of {strategy.name} compiled {len(compiles)} times more for a batch of the same shape: its "
-                "state changed its shapes or its layout from one step to the next; keep them."
+                "state changed; return the state with the shapes and shardings it came with."
             )
         seen.add(shapes)
         return result

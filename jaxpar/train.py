@@ -55,6 +55,8 @@ def make_train_step(
 
     Raises:
       ValueError: an argument that can't be; at the first call, a metric whose name is taken, rows that don't divide.
+      TypeError: `loss_fn` is no function, or `strategy` no strategy.
+      StateError: `loss_fn` takes other arguments; at the first call, the state is none that it can train.
 
     >>> import jaxpar
     >>> from flax import nnx

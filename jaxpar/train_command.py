@@ -170,8 +170,10 @@ def read_sizes(options: argparse.Namespace) -> Sizes:
             f"give a multiple of {2 * heads}."
         )
     if heads % kv_heads:
+        divisors = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
         raise UsageError(
-            f"--heads {heads} does not divide by --kv-heads {kv_heads}: each serves as many query heads; give another."
+            f"--heads {heads} does not divide by --kv-heads {kv_heads}: each serves as many query heads; give one of "
+            f"{divisors}."
         )
     # Two thirds of the usual 4, for the third matrix of a gated MLP; a multiple of 64 divides over most axes.
     return Sizes(d_model, options.layers, heads, kv_heads, hidden=64 * math.ceil(8 * d_model / 3 / 64))

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import random
+import re
 import shutil
 
 import jax
@@ -298,6 +299,9 @@ def test_an_init_fn_in_place_of_a_state_is_named(tmp_path):
         checkpoints.save({"w": jnp.ones(4)}, step=0)
         with pytest.raises(CheckpointError, match=r"The state is the function init_fn; give .*abstract_state\(init_fn"):
             checkpoints.restore(init_fn)
+        for options in ({}, {"step": 0}):
+            with pytest.raises(CheckpointError, match=r"The state is a partial; give .*abstract_state\(init_fn"):
+                checkpoints.save(functools.partial(init_fn, None), **options)
 
 
 def test_a_folder_that_vanished_fails_the_next_call_and_no_other(tmp_path):
@@ -355,14 +359,51 @@ def test_empty_leaves_and_narrow_ones_come_back(tmp_path):
         ({"a": np.ones(1)}, {"step": 1}, "State leaf 'a' is a ndarray, of no devices; give a state that"),
         ({"a": jnp.ones(1)}, {"step": 1, "data": {"n": np.int64(3)}}, "data is .*; give what JSON takes"),
         ({"a": jnp.ones(1)}, {"step": 1, "data": (1, 2)}, r"data is \(1, 2\); give what JSON takes"),
-        ({"a": jnp.ones(1)}, {"force": True}, "step is -1; give a whole number"),
+        (
+            {"a": jnp.ones(1)},
+            {"force": True},
+            r"The state has no step of its own; give save\(state, step=n\)\.",
+        ),
         ({"a": jnp.ones(1)}, {"step": 2**31}, "step is 2147483648; give a whole number"),
+        ({"a": jnp.ones(1)}, {"step": jnp.float32(2.5)}, "step is 2.5; give a whole number"),
         ({}, {"step": 1}, "The state has no array that holds anything"),
     ],
 )
 def test_what_cannot_be_saved_is_named_at_once(tmp_path, state, options, message):
     with Checkpoints(tmp_path, every=1) as checkpoints, pytest.raises(CheckpointError, match=message):
         checkpoints.save(state, **options)
+
+
+@pytest.mark.parametrize("step", ["x", 2.5, True, -1, 2**31, [1]], ids=str)
+@pytest.mark.parametrize("method", ["save", "verify", "restore"])
+def test_a_step_that_is_no_whole_number_is_named(tmp_path, method, step):
+    state = {"a": jnp.ones(1)}
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        call = {
+            "save": lambda: checkpoints.save(state, step=step),
+            "verify": lambda: checkpoints.verify(step),
+            "restore": lambda: checkpoints.restore(state, step=step),
+        }[method]
+        message = f"step is {step!r}; give a whole number, 0 or more and less than 2147483648."
+        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+            call()
+        assert checkpoints.steps == []
+
+
+def test_no_step_to_verify_is_named(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="step is None; give a whole"):
+        checkpoints.verify(None)
+
+
+def test_a_step_may_be_a_number_of_numpys_or_the_states_own(tmp_path):
+    state = {"a": jnp.ones(1)}
+    with Checkpoints(tmp_path, every=1) as checkpoints:
+        for step in (np.int64(3), jnp.int32(4), np.array(5)):
+            checkpoints.save(state, step=step)
+        checkpoints.wait()
+        assert checkpoints.steps == [3, 4, 5]
+        assert checkpoints.verify(np.int64(3))["step"] == 3
+        assert checkpoints.restore(state, step=jnp.int32(4)).step == 4
 
 
 def test_a_file_replaced_by_a_link_to_nothing_is_damage(saved, tmp_path):
@@ -375,9 +416,14 @@ def test_a_file_replaced_by_a_link_to_nothing_is_damage(saved, tmp_path):
         assert checkpoints.restore(strategy.abstract_state(init_fn)).step == 1
 
 
-def test_an_empty_folder_has_nothing_to_restore(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="has no checkpoint that can be"):
-        checkpoints.restore({"w": jnp.ones(4)})
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(None, "has no checkpoint that can be restored"), (5, "Checkpoint 5 must not be restored: .* has no other")],
+)
+def test_an_empty_folder_has_nothing_to_restore_and_says_what_to_do(tmp_path, step, message):
+    next_step = r"; save one first, or give the folder that holds them \(its subfolders are numbers\)\.$"
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=message + next_step):
+        checkpoints.restore({"w": jnp.ones(4)}, step=step)
 
 
 def test_a_checkpoint_tells_of_itself(saved):

@@ -517,6 +517,10 @@ RULES = {
     ),
 }
 
+INIT_FN = (
+    "The state is the function init_fn; give what strategy.init(init_fn, rng) or strategy.place returned, or, of "
+    "shapes alone, strategy.abstract_state(init_fn)."
+)
 STATES = {
     "an optimizer not made": (
         lambda: jaxpar.TrainState.create(linear(), optax.adam),
@@ -679,11 +683,40 @@ STATES = {
     ),
     "a loss in place of init_fn": (
         lambda: data().init(loss_fn, KEY),
-        "init_fn takes (model, batch, rng), but is called as init_fn(rng); let it take this one.",
+        "init_fn takes (model, batch, rng), but is called as init_fn(rng); give a function init_fn(rng).",
     ),
     "an init_fn in place of a state, to lower": (
         lambda: make_train_step(loss_fn, data()).lower(init_fn, BATCH),
-        "The state is the function init_fn; give a state, or for an init_fn strategy.abstract_state(init_fn).",
+        INIT_FN,
+    ),
+    "an init_fn in place of a state": (
+        lambda: make_train_step(loss_fn, data())(init_fn, data().shard_batch(BATCH)),
+        INIT_FN,
+    ),
+    "an init_fn in place of a state, under pmap": (
+        lambda: make_train_step(loss_fn, pmap())(init_fn, pmap().shard_batch(BATCH)),
+        INIT_FN,
+    ),
+    "an init_fn in place of a state, to evaluate": (
+        lambda: evaluate(make_eval_step(loss_fn, data()), init_fn, [BATCH]),
+        INIT_FN,
+    ),
+    "an init_fn in place of a state, to place": (lambda: data().place(init_fn), INIT_FN),
+    "a partial init_fn in place of a state": (
+        lambda: data().place(functools.partial(init_fn, KEY)),
+        ["The state is a partial; give what strategy.init(init_fn, rng)", "strategy.abstract_state(init_fn)"],
+    ),
+    "a jitted init_fn in place of a state": (
+        lambda: make_train_step(loss_fn, data()).lower(jax.jit(init_fn), BATCH),
+        ["The state is the", "init_fn; give what strategy.init(init_fn, rng)"],
+    ),
+    "text in a state to place": (
+        lambda: data().place({"a": {"b": "x"}}),
+        "State leaf 'a/b' is 'x', a str; give an array of numbers.",
+    ),
+    "an object in a state to place": (
+        lambda: data().place({"a": np.ones(2), "b": object}),
+        "State leaf 'b' is <class 'object'>, a type; give an array of numbers.",
     ),
     "updates of a collection that the state lacks": (
         lambda: train_linen({"cache": {}}),
@@ -1001,15 +1034,16 @@ ARGUMENTS = {
     ),
     "a loss without its key": (
         lambda: make_train_step(lambda model, batch: (1.0, {}), data()),
-        "loss_fn takes (model, batch), but is called as loss_fn(model, batch, rng); let it take these 3.",
+        "loss_fn takes (model, batch), but is called as loss_fn(model, batch, rng); give a function loss_fn(model, "
+        "batch, rng).",
     ),
     "an init_fn in place of a loss": (
         lambda: make_train_step(init_fn, data()),
-        "loss_fn takes (rng), but is called as loss_fn(model, batch, rng); let it take these 3.",
+        "loss_fn takes (rng), but is called as loss_fn(model, batch, rng); give a function loss_fn(model, batch, rng).",
     ),
     "an evaluation without its key": (
         lambda: make_eval_step(lambda model, batch: 1.0, data()),
-        "fn takes (model, batch), but is called as fn(model, batch, rng); let it take these 3.",
+        "fn takes (model, batch), but is called as fn(model, batch, rng); give a function fn(model, batch, rng).",
     ),
     "strategy and loss exchanged": (
         lambda: make_train_step(data(), loss_fn),

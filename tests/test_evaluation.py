@@ -95,7 +95,6 @@ def test_means_over_uneven_batches_are_exact_and_floats(name, kind):
     np.testing.assert_allclose(jax.tree.leaves(found), jax.tree.leaves(expected), rtol=1e-6)
 
 
-# A batch of another size than the first recompiles, and says so.
 def test_a_batch_of_another_shape_is_told_at_the_line_that_evaluates():
     strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
     state = strategy.place(jaxpar.TrainState.create(nnx.Linear(4, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1)))
@@ -105,6 +104,7 @@ def test_a_batch_of_another_shape_is_told_at_the_line_that_evaluates():
     assert [each.filename for each in told] == [__file__]
 
 
+# A batch of another size than the first recompiles, and says so.
 @pytest.mark.filterwarnings("ignore::jaxpar.RecompileWarning")
 @pytest.mark.parametrize("sizes", CUTS.values(), ids=CUTS)
 def test_however_the_data_are_cut_the_mean_is_the_same(sizes):

@@ -352,6 +352,8 @@ class SetBack:
 def test_a_place_that_is_not_of_these_batches_is_named(step, tmp_path, place, message):
     with jaxpar.Checkpoints(tmp_path, every=1) as checkpoints:
         checkpoints.save(start(step), data=place)
+        # What isn't finished isn't resumed.
+        checkpoints.wait()
         with pytest.raises(CheckpointError, match=message):
             jaxpar.fit(step, start(step), SetBack(), steps=3, checkpoint=checkpoints)
 

@@ -112,7 +112,7 @@ def test_joining_twice_is_named(monkeypatch):
 def test_of_many_processes_those_that_could_save_are_told_that_another_cannot(monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", lambda own: np.array([own, True]))
-    with pytest.raises(CheckpointError, match=r"Process 1 can't save, and says why; so none of 2 does\. Mend it there"):
+    with pytest.raises(CheckpointError, match=r"Process 1 can't save, so none of 2 does\. See that process's own"):
         agreement.all_ready(lambda: None)
 
 

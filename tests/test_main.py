@@ -102,7 +102,10 @@ BAD_ARGUMENTS = {
     ),
     "heads": (["train", "--heads", "7"], "--d-model 128 does not divide into --heads 7 of even size"),
     "odd heads": (["train", "--d-model", "24"], "give a multiple of 16."),
-    "key/value heads": (["train", "--kv-heads", "3"], "--heads 8 does not divide by --kv-heads 3"),
+    "key/value heads": (
+        ["train", "--kv-heads", "3"],
+        "--kv-heads 3: each serves as many query heads; give one of 1, 2, 4, 8.",
+    ),
     "steps backwards": (["train", "--profile", "3..2"], "'3..2' is given; the first and the last step, as 10..20, are"),
     "no range": (
         ["train", "--profile", "3"],

@@ -185,6 +185,8 @@ SHOWN_ELSEWHERE = VALUES | {
     "rules",
     "schedule",
     "testing",
+    "CheckpointWarning",
+    "Estimate",
     "ExpertKernels",
     "MoELosses",
 }

@@ -64,16 +64,6 @@ class Estimate:
       unknown_loops: loops whose trips the compiler doesn't tell, each counted once.
       windows: seconds in which rings that XLA makes of a product and its collective wait for their permutes.
       unknown_kernels: calls of Pallas kernels whose operations aren't known.
-
-    >>> import jaxpar
-    >>> price = read_figures()["v5e"]["dollars_an_hour"]
-    >>> sizes = {"tokens": 1024, "unit": "tokens", "model_flops": 10**12, "peak_bytes": 2**30, "hbm_bytes": 2**34}
-    >>> times = {"seconds": 0.5, "fastest": 0.4, "slowest": 0.7, "if_gathered": 0.5, "windows": 0.0}
-    >>> waits = {"busy": {"math": 0.5}, "waits": {}, "sent": {}, "unknown_loops": 0, "unknown_kernels": 0.0}
-    >>> mesh, target = jaxpar.make_mesh(data=8), Target("v5e", (2, 4))
-    >>> found = Estimate("data parallel", target, mesh, price=price, **sizes, **times, **waits)
-    >>> found.fits, found.tokens_per_second
-    (True, 2048.0)
     """
 
     strategy: str
