@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpar.whole import is_whole
+from jaxpar.integers import is_integer
 
 EXAMPLE_WEIGHT = "example_weight"
 
@@ -93,7 +93,7 @@ def pad_batch(batch: Mapping[str, Any], multiple: int, *, whole: Sequence[str] =
     >>> pad_batch({"x": np.arange(3)}, 4)["example_weight"]
     array([1., 1., 1., 0.], dtype=float32)
     """
-    if not is_whole(multiple):
+    if not is_integer(multiple):
         raise BatchError(f"multiple is {multiple!r}; give a whole number, 1 or more, as strategy.num_shards.")
     if isinstance(whole, str) or not all(isinstance(pattern, str) for pattern in whole):
         raise BatchError(f"whole= is {whole!r}; give a list of regexes, as ['table'].")

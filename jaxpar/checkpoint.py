@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpar.agreement import agree, all_ready
 from jaxpar.failures import explained, hush_orbax, tell_cause
+from jaxpar.integers import is_integer
 from jaxpar.layout import format_bytes
 from jaxpar.manifest import (
     ManifestError,
@@ -39,7 +40,6 @@ from jaxpar.saved_leaves import (
     size_of,
 )
 from jaxpar.state import is_key, named_leaves
-from jaxpar.whole import is_whole
 
 # How long a process waits for the others' parts: Orbax doesn't learn that one of them failed. At most its own default.
 _LEAST_SECONDS, _BYTES_A_SECOND, _MOST_SECONDS = 120, 10**7, 1200
@@ -113,9 +113,9 @@ class Checkpoints:
         for name, number in (("every", every), ("keep", keep)):
             if number is None and name == "keep":
                 continue
-            if not is_whole(number):
+            if not is_integer(number):
                 raise CheckpointError(f"{name} is {number!r}; give a whole number, 1 or more.")
-        self.directory, self.every, self.keep = pathlib.Path(directory).absolute(), int(every), keep
+        self.directory, self.every, self.keep = pathlib.Path(directory).expanduser().absolute(), int(every), keep
         self._saving: _Saving | None = None
         # What is of this run is not pruned before what was there already, whose steps may be later ones.
         self._written: set[int] = set()

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxpar.batch import EXAMPLE_WEIGHT
+from jaxpar.integers import is_integer
 from jaxpar.strategy import Strategy
 from jaxpar.text import read_text
-from jaxpar.whole import is_whole
 
 _THREADS, _AHEAD = 4, 8
 
@@ -104,9 +104,9 @@ def load(source: Any, strategy: Strategy, *, batch_size: int, seed: int = 0, epo
     for name, number in (("batch_size", batch_size), ("epochs", epochs)):
         if number is None and name == "epochs":
             continue
-        if not is_whole(number):
+        if not is_integer(number):
             raise DataError(f"{name} is {number!r}; give a whole number, 1 or more.")
-    if not is_whole(seed, least=0) or seed >= 2**32:
+    if not is_integer(seed, least=0) or seed >= 2**32:
         raise DataError(f"seed is {seed!r}; give a whole number from 0 to {2**32 - 1}.")
     if not hasattr(strategy, "data_shard"):
         raise DataError(

@@ -13,14 +13,15 @@ import numpy as np
 
 from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxpar.evaluation import EvalStep, evaluate
+from jaxpar.integers import is_integer
 from jaxpar.lines import plain_lines, tell_resume
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.profiling import Profile
 from jaxpar.source import BatchesEnded, Source, place_of_all
 from jaxpar.state import TrainState, named_leaves
 from jaxpar.step import Step
+from jaxpar.strategy import check_takes
 from jaxpar.watch import OnStep, Watch, watching
-from jaxpar.whole import is_whole
 
 # How often to go back to one checkpoint.
 _RETURNS = 3
@@ -341,12 +342,12 @@ def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: 
         raise FitError(f"train_step is a {type(train_step).__name__}; give what jaxpar.make_train_step returns.")
     if not isinstance(state, TrainState) or not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state)):
         raise FitError(f"state is a {type(state).__name__}; give a TrainState on devices, as strategy.init returns.")
-    if not is_whole(steps, least=0):
+    if not is_integer(steps, least=0):
         raise FitError(f"steps is {steps!r}; give a whole number, 0 or more: how many in all.")
     if eval_step is not None and not (
         isinstance(eval_step, tuple) and len(eval_step) == 2 and isinstance(eval_step[0], EvalStep)
     ):
-        raise FitError(f"eval_step is {eval_step!r}; give a pair: what make_eval_step returns, and its batches.")
+        raise FitError(f"eval_step is a {type(eval_step).__name__}; give a tuple, (an eval step, its batches).")
     if eval_step is not None and isinstance(eval_step[1], Iterator):
         raise FitError("eval_step's batches are an iterator, which is empty after one evaluation; give a list.")
     if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
@@ -360,9 +361,10 @@ def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: 
 def _check_batches_and_on_step(batches: Any, on_step: Any) -> None:
     """Raises FitError unless batches can come in, and steps be told."""
     if on_step is not None and not callable(on_step):
-        raise FitError(
-            f"on_step is {on_step!r}; give a function on_step(step, metrics), or None for a live line alone."
-        )
+        raise FitError(f"on_step is {on_step!r}; give a function on_step(step, metrics), or None for a live line.")
+    for fn, name, arguments in ((on_step, "on_step", ("step", "metrics")), (batches, "batches", ("step",))):
+        if callable(fn):
+            check_takes(fn, name, *arguments)
     if isinstance(batches, Mapping) or not (callable(batches) or isinstance(batches, Iterable)):
         raise FitError(
             f"batches is a {type(batches).__name__}; give an iterable of batches, as [batch], or a function "
@@ -377,7 +379,7 @@ def _check_profile(profile: Any, steps: int) -> None:
     if not isinstance(profile, Profile):
         raise FitError(f"profile is {profile!r}; give jaxpar.Profile(directory, first, last).")
     ends = profile.first, profile.last
-    if not all(map(is_whole, ends)) or not profile.first <= profile.last <= steps:
+    if not all(map(is_integer, ends)) or not profile.first <= profile.last <= steps:
         raise FitError(
             f"profile is of the steps {profile.first!r} to {profile.last!r}, but the run's are 1 to {steps}; give two "
             "of these, the smaller first."

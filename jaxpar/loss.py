@@ -1,5 +1,6 @@
 """What a model's function returns, and how it adds up over examples, microbatches and shards."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,7 +103,7 @@ def call_model(
         model.eval()
     if isinstance(batch, Mapping) and EXAMPLE_WEIGHT in batch:
         batch = _WithoutWeight((name, leaf) for name, leaf in batch.items() if name != EXAMPLE_WEIGHT)
-    result = fn(model, batch, fold(rng, numbers))
+    result = _call(fn, model, batch, fold(rng, numbers))
     if evaluating:
         return result, model_state
     if static.graphdef is not None:
@@ -112,7 +113,13 @@ def call_model(
                 "(loss, metrics)."
             )
         return result, _like(read_model_state(static, model, model_state), model_state)
-    if (updates := read_loss(result)[2]) is None:
+    _, metrics, updates = read_loss(result)
+    if taken := sorted(set(metrics) & set(model_state)):
+        raise LossError(
+            f"loss_fn's second value, its metrics, has {taken}, collections of the state; what changes them comes "
+            "third, as (loss, {}, updates)."
+        )
+    if updates is None:
         _check_statistics(lambda variables: fn(variables, batch, fold(rng, numbers)), model)
         updates = {}
     if not isinstance(updates, Mapping):
@@ -213,6 +220,20 @@ def fold_leaf(leaf: jax.Array, numbers: Any) -> jax.Array:
     return (
         jax.vmap(lambda key: fold(key, numbers))(leaf.ravel()).reshape(leaf.shape) if leaf.ndim else fold(leaf, numbers)
     )
+
+
+def _call(fn: Callable[..., Any], model: Any, batch: Any, rng: jax.Array) -> Any:
+    try:
+        return fn(model, batch, rng)
+    except NameError as error:
+        named = re.search(r"unbound axis name: (\w+)", str(error))
+        # `data` alone is bound once a model turns out to need it.
+        if named is None or named[1] == "data":
+            raise
+        raise LossError(
+            f"The model reduces over the axis {named[1]!r}; a step binds the name 'data', as for "
+            f"BatchNorm(axis_name='data'), or under pmap the one given, data_parallel(axis_name={named[1]!r})."
+        ) from error
 
 
 def _check_statistics(call: Callable[[Any], Any], variables: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from jaxpar.integers import is_integer
 from jaxpar.targets import read_target, target_devices, target_of
-from jaxpar.whole import is_whole
 
 AXES = ("data", "fsdp", "stage", "expert", "context", "model")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -74,7 +74,7 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
     sizes = sizes or {"data": -1}
     for axis, size in sizes.items():
         check_axis_name(axis)
-        if not is_whole(size, least=-1) or not size:
+        if not is_integer(size, least=-1) or not size:
             raise MeshError(f"Mesh axis {axis!r} has size {size!r}; a size is a whole number, 1 or more, or -1 once.")
     if target is not None and devices is not None:
         raise MeshError(f"devices= and target={target!r} are given; a target brings its own devices.")
@@ -191,7 +191,7 @@ def fake_devices(count: int = 8) -> list[jax.Device]:
     >>> dict(make_mesh(devices=fake_devices(4), data=-1).shape)
     {'data': 4}
     """
-    if not is_whole(count):
+    if not is_integer(count):
         raise MeshError(f"count is {count!r}; give a whole number of devices, 1 or more.")
     platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "cpu" not in platforms.split(","):
@@ -273,7 +273,7 @@ def _process_is_slice(devices: np.ndarray) -> bool:
 
 
 def _check_slice_count(slices: Any) -> None:
-    if not is_whole(slices):
+    if not is_integer(slices):
         raise MeshError(f"slices is {slices!r}; give a whole number, 1 or more.")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxpar.integers import is_integer
 from jaxpar.partition import Leaf, PartitionError, Rule, SpecFn, axes_of
-from jaxpar.whole import is_whole
 
 _DENSE_RANK = {"kernel": 2, "embedding": 2, "bias": 1, "scale": 1, "mean": 1, "var": 1}
 _HEADS = ("query", "key", "value")
@@ -170,7 +170,7 @@ def _split_exactly(
 
 
 def _check_min_size(min_size: int) -> int:
-    if not is_whole(min_size, least=0):
+    if not is_integer(min_size, least=0):
         raise PartitionError(f"min_size is {min_size!r}; give a whole number of elements, 0 or more.")
     return min_size
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxpar.integers import is_integer
 from jaxpar.manifest import NAME, ManifestError, list_files, read_json, read_manifest, shown
 from jaxpar.saved_leaves import CheckpointError
-from jaxpar.whole import is_whole
 
 # How names end beside the checkpoints: of one that is to take another's place, once it is whole; of one whose place a
 # newer one takes, for as long as two renames last; of a file named by the step that a process could not write.
@@ -53,7 +53,7 @@ def read_content(folder: pathlib.Path) -> dict[str, Any]:
         )
     for name, least in (("step", 0), ("devices", 1), ("processes", 1)):
         number = content.get(name)
-        if not is_whole(number, least) or number >= 2**31:
+        if not is_integer(number, least) or number >= 2**31:
             told = shown(repr(number)[:50])
             raise CheckpointError(
                 f"The manifest {path} tells {told} as {name}; a whole number from {least} is needed; "
@@ -133,7 +133,7 @@ def _is_leaf(entry: Any) -> bool:
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], list):
         return False
     shape, dtype = entry
-    if len(shape) > 64 or any(not is_whole(dim, least=0) for dim in shape):
+    if len(shape) > 64 or any(not is_integer(dim, least=0) for dim in shape):
         return False
     return math.prod(max(dim, 1) for dim in shape) < 2**60 and width_of(dtype) > 0
 

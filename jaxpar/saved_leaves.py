@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpar.integers import is_integer
 from jaxpar.manifest import shown
 from jaxpar.state import StateError, check_is_state, is_key, named_leaves
-from jaxpar.whole import is_whole
 
 _KEY = "key"
 
@@ -114,7 +114,7 @@ def check_step(step: Any) -> int:
     120
     """
     number = step.item() if getattr(step, "shape", None) == () and hasattr(step, "item") else step
-    if not is_whole(number, least=0) or int(number) >= 2**31:
+    if not is_integer(number, least=0) or int(number) >= 2**31:
         raise CheckpointError(f"step is {number!r}; give a whole number, 0 or more and less than {2**31}.")
     return int(number)
 

@@ -9,7 +9,7 @@ import fractions
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from jaxpar.whole import is_whole
+from jaxpar.integers import is_integer
 
 SCHEDULES = ("gpipe", "1f1b")
 
@@ -173,7 +173,7 @@ def format_timeline(tasks: Sequence[Task]) -> str:
 
 def _check_counts(stages: Any, microbatches: Any) -> None:
     for what, count in (("stages", stages), ("microbatches", microbatches)):
-        if not is_whole(count):
+        if not is_integer(count):
             raise ScheduleError(f"{what} is {count!r}; give a whole number, 1 or more.")
 
 
@@ -185,7 +185,7 @@ def _read_tasks(tasks: Any) -> list[Task]:
     for task in listed:
         if (
             not isinstance(task, Task)
-            or not all(is_whole(number, least=0) for number in task[:3])
+            or not all(is_integer(number, least=0) for number in task[:3])
             or task.kind not in ("F", "B")
         ):
             raise ScheduleError(

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxpar.integers import is_integer
 from jaxpar.island import current_mesh, jit_island, takes_rows_alone
 from jaxpar.mesh import AXES, BATCH_AXES, MeshError
-from jaxpar.whole import is_whole
 
 _MODEL = "model"
 
@@ -89,7 +89,7 @@ def _check_shapes(q_BTHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, block
             f"q has {shapes[0][1]} tokens and k {shapes[1][1]}; the kernel takes multiples of 128: pad, or use "
             "jax.nn.dot_product_attention."
         )
-    if not is_whole(block_size, least=128) or block_size % 128:
+    if not is_integer(block_size, least=128) or block_size % 128:
         raise SplashError(f"block_size is {block_size!r}; the kernel takes multiples of 128: give one, as 512.")
 
 

@@ -11,10 +11,10 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxpar.integers import is_integer
 from jaxpar.loss import fold_leaf
 from jaxpar.mesh import BATCH_AXES
 from jaxpar.state import is_key
-from jaxpar.whole import is_whole
 
 STAGE = "stage"
 # Counts of random draws are the step's affair, and nnx.remat gives parameters back as other tracers.
@@ -197,7 +197,7 @@ def check_leaves(tree: Any, name: str) -> None:
 
 def check_microbatches(count: Any, rows: int, stages: int) -> None:
     """Raises PipelineError unless there are enough microbatches for the stages, and they divide the rows."""
-    if not is_whole(count):
+    if not is_integer(count):
         raise PipelineError(f"stage_microbatches is {count!r}; give a whole number, 1 or more.")
     if count < stages:
         raise PipelineError(

@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten
 
 from jaxpar.batch import BatchError, match_path, name_leaf
-from jaxpar.blame import level_of_caller
 from jaxpar.layout import Layout
+from jaxpar.stacklevel import level_of_caller
 from jaxpar.state import StateError, TrainState, check_is_state, named_leaves, split_params
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from jaxpar.batch import match_path, read_batch
 from jaxpar.data_parallel import data_parallel
 from jaxpar.inspection.budget import assert_collectives as assert_collectives
 from jaxpar.inspection.budget import assert_fits as assert_fits
+from jaxpar.integers import is_integer
 from jaxpar.mesh import make_mesh
 from jaxpar.oracle import View, find_narrowed_loss, one_device_step
 from jaxpar.rules import FSDP, MEGATRON, ZERO1
@@ -20,7 +21,6 @@ from jaxpar.sharded import sharded
 from jaxpar.state import TrainState, is_key, named_leaves
 from jaxpar.strategy import Strategy
 from jaxpar.train import make_train_step
-from jaxpar.whole import is_whole
 
 # Float64 is where an error in logic can't hide; float32 is what runs.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -151,7 +151,7 @@ def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strateg
     sharded({'data': 2, 'model': 4}, 1 list of rules)
     """
     count = len(jax.devices()) if num_devices is None else num_devices
-    if not is_whole(count):
+    if not is_integer(count):
         raise ValueError(f"num_devices is {num_devices!r}; give a whole number, 1 or more.")
 
     def on_mesh(*rules: Any, **sizes: Any) -> Callable[[], Strategy]:

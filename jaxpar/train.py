@@ -13,12 +13,12 @@ import optax
 from flax.training.dynamic_scale import DynamicScale
 
 from jaxpar.batch import match_path
+from jaxpar.integers import is_integer
 from jaxpar.layout import Layout
 from jaxpar.loss import LossError, Weighted, call_model, grow, mean_value, read_loss, sum_values
 from jaxpar.state import StateError, Static, TrainState, join_params, leaf_path, split_params
 from jaxpar.step import Step
 from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, check_takes, param_specs
-from jaxpar.whole import is_whole
 
 LossFn = Callable[[Any, Any, jax.Array], Any]
 _OWN_METRICS = ("loss", "grad_norm", "skipped")
@@ -68,7 +68,7 @@ def make_train_step(
     >>> sorted(metrics), int(state.step)
     (['grad_norm', 'loss'], 1)
     """
-    if not is_whole(num_microbatches):
+    if not is_integer(num_microbatches):
         raise ValueError(f"num_microbatches is {num_microbatches!r}; give a whole number, 1 or more.")
     check_compute_dtype(compute_dtype)
     check_strategy(strategy)

@@ -14,7 +14,7 @@ from flax import linen, nnx
 VOCAB, CLASSES = 32, 16
 
 
-# ---- nnx: the basics guide
+# nnx: the basics guide
 
 
 class BasicLinear(nnx.Module):
@@ -74,7 +74,7 @@ class ScannedMLPs(nnx.Module):
         return forward(self.layers, self.embed(x))
 
 
-# ---- nnx: the MNIST tutorial
+# nnx: the MNIST tutorial
 
 
 class MnistCNN(nnx.Module):
@@ -96,7 +96,7 @@ class MnistCNN(nnx.Module):
         return self.linear2(self.dropout2(nnx.relu(self.linear1(x))))
 
 
-# ---- nnx: Gemma, and Flax's own attention
+# nnx: Gemma, and Flax's own attention
 
 
 class Einsum(nnx.Module):
@@ -177,7 +177,7 @@ class AttentionBlock(nnx.Module):
         return self.head(x + self.attention(self.norm(x), mask=nnx.make_causal_mask(tokens)))
 
 
-# ---- linen: the examples mnist, vae, imagenet, ppo, wmt, seq2seq and sst2
+# linen: the examples mnist, vae, imagenet, ppo, wmt, seq2seq and sst2
 
 
 class LinenMnistCNN(linen.Module):

@@ -99,7 +99,7 @@ def test_batch_rules_see_the_path(batch, paths):
     assert [match_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)] == paths
 
 
-# ---- splitting, around the number of shards
+# splitting, around the number of shards
 
 
 @pytest.mark.devices(8)
@@ -204,7 +204,7 @@ def test_a_batch_that_is_placed_already_is_taken_as_it_is():
     assert strategy.shard_batch(placed)["x"].sharding == placed["x"].sharding
 
 
-# ---- padding
+# padding
 
 PADDED = [(1, 8, 8), (7, 8, 8), (8, 8, 8), (9, 8, 16), (39, 8, 40), (41, 8, 48), (3, 1, 3), (5, 7, 7)]
 

@@ -101,7 +101,7 @@ def test_a_changed_batch_shape_compiles_again_and_says_so(kind):
         step(state, strategy.shard_batch(padded))
 
 
-# ---- weights, clipping, scaling
+# weights, clipping, scaling
 
 
 @every_strategy
@@ -173,7 +173,7 @@ def test_float16_divides_its_scale_out_and_skips_a_step_that_overflows(kind):
         np.testing.assert_array_equal(before[path], leaf, err_msg=path)
 
 
-# ---- what is refused
+# what is refused
 
 
 @every_strategy
@@ -213,7 +213,7 @@ def test_a_step_of_ones_own_that_reduces_is_not_refused_under_pmap():
     assert float(mean) == pytest.approx(batch["x"].mean(), abs=1e-6)
 
 
-# ---- BatchNorm and evaluation
+# BatchNorm and evaluation
 
 
 class Normed(nnx.Module):
@@ -355,7 +355,7 @@ def test_an_eval_step_gives_means_over_the_batch_and_rows_in_their_order(kind):
     assert float(found["mean"]) == pytest.approx(expected.mean(), abs=1e-6)
 
 
-# ---- looking for what is wrong inside a step
+# looking for what is wrong inside a step
 
 
 @pytest.mark.parametrize("name", ["data", "pmap"])

@@ -140,7 +140,7 @@ def test_float32_trains_like_one_device_too(step):
     assert agreement.runs[0].loss < 1e-5
 
 
-# ---- islands: the models are those of their own files
+# islands: the models are those of their own files
 
 FAST_PIPELINE_CELLS = [
     # A ring of as many slots as stages would be too short for its microbatches.

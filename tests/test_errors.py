@@ -109,13 +109,13 @@ def train_linen(returned, collections=None):
     )
 
 
-def train_norm(use_running_average, *updates, strategy=None, **options):
+def train_norm(use_running_average, *updates, strategy=None, metrics=lambda updates: {}, **options):
     """Trains linen's BatchNorm, whose statistics the loss function gives back only as `updates`."""
     layer = linen.BatchNorm(use_running_average)
 
     def loss(variables, batch, rng):
-        y, _ = layer.apply(variables, batch["x"], mutable=["batch_stats"])
-        return (y**2).mean(), {}, *updates
+        y, changed = layer.apply(variables, batch["x"], mutable=["batch_stats"])
+        return (y**2).mean(), metrics(changed), *updates
 
     return train(loss, strategy=strategy, make_state=lambda rng: create(layer.init(rng, BATCH["x"])), **options)
 
@@ -1020,6 +1020,14 @@ LOSSES = {
     "BatchNorm whose updates are dropped, under pmap": (
         lambda: train_norm(False, strategy=pmap()),
         ["neither uses nor updates", "mutable=['batch_stats']"],
+    ),
+    "updates in the place of metrics": (
+        lambda: train_norm(False, metrics=lambda updates: updates),
+        ["second value, its metrics, has ['batch_stats'], collections of the state", "(loss, {}, updates)"],
+    ),
+    "an axis name that isn't bound": (
+        lambda: train(lambda model, batch, rng: jax.lax.pmean(measure(model, batch), "batch")),
+        ["reduces over the axis 'batch'", "a step binds the name 'data'", "data_parallel(axis_name='batch')"],
     ),
     "text, to evaluate": (
         lambda: evaluate(make_eval_step(lambda model, batch, rng: "x", data()), start(data()), [BATCH]),

@@ -26,7 +26,7 @@ def torus_of(shape, slices=1, rates=RATES):
     return Torus(shape, places, np.repeat(np.arange(slices), len(places) // slices), rates)
 
 
-# ---- figures
+# figures
 
 
 @pytest.mark.parametrize("chip", [*CHIPS, "reached"])
@@ -44,7 +44,7 @@ def test_the_expected_lies_between_the_most_and_the_least(chip):
     assert set(read_figures()[chip]) == set(read_figures()["v4"])
 
 
-# ---- links: the formulas of https://jax-ml.github.io/scaling-book/sharding, in bytes over 1e8 a second
+# links: the formulas of https://jax-ml.github.io/scaling-book/sharding, in bytes over 1e8 a second
 
 FLAT, CUBE = (4, 4), (4, 4, 4)
 COLUMN = np.arange(16).reshape(4, 4).T  # the devices of a column take part together
@@ -140,7 +140,7 @@ def test_the_busiest_link_of_a_permute_decides(pairs, load):
     assert time_collective(torus, "collective-permute", scaled, 100).seconds == pytest.approx(load * 100 / 1e8)
 
 
-# ---- what an instruction takes
+# what an instruction takes
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_fusion_moves_what_it_needs(body, result, count):
     assert bytes_of(FUSED.format(body=body, result=result)) == pytest.approx(count, abs=index)
 
 
-# ---- the walk
+# the walk
 
 
 def spend(lines, mesh=None, kernels=None, **more):
@@ -662,7 +662,7 @@ def test_of_several_slices_a_program_counts_its_own_devices():
     assert groups_of(one, mesh, np.zeros(8, int)).tolist() == [[0, 2], [1, 3]]
 
 
-# ---- the report
+# the report
 
 
 def test_a_mesh_that_is_here_has_nothing_to_estimate():

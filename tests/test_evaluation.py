@@ -173,7 +173,7 @@ def test_evaluation_leaves_the_state_as_it_is():
     assert not state.step.is_deleted()
 
 
-# ---- the step alone
+# the step alone
 
 
 @every_strategy

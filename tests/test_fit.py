@@ -29,6 +29,7 @@ from jaxpar import Profile, lines
 from jaxpar.checkpoint import CheckpointError, CheckpointWarning
 from jaxpar.fit import FitError
 from jaxpar.progress import show_steps
+from jaxpar.state import StateError
 from jaxpar.work import Meter, Work, peak_flops
 
 PROGRAM = pathlib.Path(__file__).parent / "fit_program.py"
@@ -254,7 +255,7 @@ def test_batches_that_end_too_early_are_named_and_the_state_is_saved(step, tmp_p
         ({"state": {"w": jnp.ones(3)}}, "state is a dict; give a TrainState on devices"),
         ({"steps": -1}, "steps is -1; give a whole number, 0 or more"),
         ({"steps": 2.0}, r"steps is 2\.0; give a whole number"),
-        ({"eval_step": loss_fn}, "eval_step is <function .*; give a pair"),
+        ({"eval_step": loss_fn}, "eval_step is a function; give a tuple"),
         ({"checkpoint": "folder"}, "checkpoint is a str; give jaxpar.Checkpoints"),
         ({"nonfinite": "skip"}, "nonfinite is 'skip'; give 'stop' or 'roll back'"),
         ({"on_step": True}, r"on_step is True; give a function on_step\(step, metrics\)"),
@@ -279,6 +280,22 @@ def test_bad_arguments_are_named(step, changes, message):
     given = {**given, **changes}
     with pytest.raises(FitError, match=message):
         jaxpar.fit(given.pop("train_step"), given.pop("state"), given.pop("batches"), **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"on_step": lambda metrics: None}, r"on_step takes \(metrics\), but is called as on_step\(step, metrics\)"),
+        (
+            {"batches": lambda: iter([])},
+            r"batches takes \(\), but is called as batches\(step\); give a function batches",
+        ),
+    ],
+)
+def test_functions_of_other_arguments_are_named_before_any_step(step, changes, message):
+    given = {"batches": batches, **changes}
+    with pytest.raises(StateError, match=message):
+        jaxpar.fit(step, start(step), given.pop("batches"), steps=1, **given)
 
 
 def test_the_batches_of_an_evaluation_can_be_gone_through_again(step):
@@ -366,7 +383,7 @@ def test_a_state_beyond_its_folder_is_not_thrown_away(step, tmp_path):
             jaxpar.fit(step, state, batches, steps=9, checkpoint=checkpoints)
 
 
-# ---- what is seen of a run
+# what is seen of a run
 
 
 @pytest.fixture
@@ -511,7 +528,7 @@ def test_a_profile_is_written_when_its_run_ends_early(step, tmp_path):
     assert traced(tmp_path) == [2, 3]
 
 
-# ---- runs that are killed
+# runs that are killed
 
 
 @contextlib.contextmanager

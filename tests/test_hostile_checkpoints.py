@@ -151,7 +151,7 @@ def check_message(message, place):
     message.encode()
 
 
-# ---- a manifest that is none
+# a manifest that is none
 
 
 def sparse(path, size=2**29):
@@ -232,7 +232,7 @@ def test_a_file_that_is_something_else(saved, tmp_path, capsys, name, kind):
             assert outcome == "refused"
 
 
-# ---- one value changed for another, its digests right
+# one value changed for another, its digests right
 
 
 VALUES = [
@@ -358,7 +358,7 @@ def test_many_bytes_changed_with_their_digests(saved, tmp_path, capsys, name, at
     check(place, capsys, same=False)
 
 
-# ---- what lies in the folder
+# what lies in the folder
 
 
 def link_file(place):
@@ -486,7 +486,7 @@ def test_a_save_writes_through_no_link(saved, tmp_path):
     assert place.seen() == before
 
 
-# ---- arrays that are larger than they say
+# arrays that are larger than they say
 
 
 def store_of(place):

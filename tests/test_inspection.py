@@ -34,7 +34,7 @@ def collectives_of(body, more="", **sizes):
     return find_collectives(program_of(body, more), sub_mesh(**(sizes or {"data": 2, "model": 4})))
 
 
-# ---- the text, as XLA's compilers print it
+# the text, as XLA's compilers print it
 
 SUM = (
     "  %x = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} parameter(0)\n  ROOT %s = bf16[16,8]{1,0} all-reduce(%x), channel_id=1, "
@@ -213,7 +213,7 @@ def test_slices_tell_which_collectives_cross_them():
     assert not one.crosses_slices
 
 
-# ---- live steps
+# live steps
 
 
 def inspect_task(strategy, name="linen_mlp", *, rows=1024, **build):
@@ -465,7 +465,7 @@ def test_what_is_no_step_is_an_error():
         jaxpar.inspect(lambda state, batch: None, None, None)
 
 
-# ---- budgets
+# budgets
 
 
 def test_a_budget_is_kept_or_says_what_breaks_it():

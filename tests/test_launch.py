@@ -139,7 +139,7 @@ def test_all_ending_well_is_well(capfd):
     assert sorted(capfd.readouterr().out.splitlines()) == ["[0] well", "[1] well"]
 
 
-# ---- real processes
+# real processes
 
 
 @contextlib.contextmanager

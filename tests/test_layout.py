@@ -239,7 +239,7 @@ def test_optimizer_state_of_frozen_parameters_is_not_there():
     assert not [path for path in paths if path.startswith("opt_state/") and path.endswith(("bias", "scale"))]
 
 
-# ---- what a layout says
+# what a layout says
 
 
 def small_layout():

@@ -63,7 +63,7 @@ def test_a_weighted_value_is_a_pytree():
     assert (float(doubled.total), float(doubled.weight)) == (2.0, 2.0)
 
 
-# ---- over shards and microbatches: rows of unequal weight, whole shards of none
+# over shards and microbatches: rows of unequal weight, whole shards of none
 
 ROWS = 32
 rng = np.random.default_rng(0)

@@ -93,7 +93,7 @@ PUBLIC = [
 ]
 # The modules of the core, each importing only those before it; an engine is what knows jit over a mesh, or pmap.
 CORE = [
-    "whole",
+    "integers",
     "targets",
     "mesh",
     "partition",
@@ -103,7 +103,7 @@ CORE = [
     "dependence",
     "loss",
     "layout",
-    "blame",
+    "stacklevel",
     "step",
     "initialisers",
     "carries",
@@ -114,7 +114,7 @@ CORE = [
 ENGINES = {"sharded", "data_parallel"}
 # The islands' modules, each importing only those before it and these of the core.
 ISLANDS = ["island", "schedule", "sequence", "context", "splash", "expert", "stack", "pipeline", "pipeline_loss"]
-UNDER_ISLANDS = {"whole", "targets", "mesh", "state", "loss"}
+UNDER_ISLANDS = {"integers", "targets", "mesh", "state", "loss"}
 # What runs a step for real, each importing only those before it and these.
 RUNNING = ["manifest", "saved_leaves", "saved_files", "failures", "agreement", "checkpoint", "preemption", "source"]
 RUNNING += ["tokens", "work", "progress", "profiling", "watch", "lines", "fit"]

@@ -113,7 +113,7 @@ def test_axes_of_a_spec_come_in_the_order_of_its_dims():
     assert axes_of(open_spec(3)) == ()
 
 
-# ---- optimizer leaves. A parameter w of shape (128, 256), laid out P("fsdp", "model") by its rules.
+# optimizer leaves. A parameter w of shape (128, 256), laid out P("fsdp", "model") by its rules.
 
 SHARE = {"fsdp": 2, "model": 4}
 W_SPEC = P("fsdp", "model")

@@ -752,7 +752,7 @@ def test_what_can_not_be_is_named_before_any_compile(case):
         assert part in message
 
 
-# ---- what a stage that isn't active computes
+# what a stage that isn't active computes
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])

@@ -275,7 +275,7 @@ def test_a_rule_before_a_ready_made_list_comes_first_and_whole_closes_the_leaf()
     assert found["mlp/fc1/kernel"] == P(None, "fsdp")
 
 
-# ---- real models: nnx and linen, whose trees are spelt alike
+# real models: nnx and linen, whose trees are spelt alike
 
 
 class NnxBlock(nnx.Module):
@@ -392,7 +392,7 @@ def test_key_and_value_heads_that_do_not_divide_stay_whole_and_are_reported(kv_h
     assert reported == (set() if divides else kv_leaves)
 
 
-# ---- Flax's own sharding metadata
+# Flax's own sharding metadata
 
 annotate = linen.with_partitioning
 logical = linen.with_logical_partitioning

@@ -203,7 +203,7 @@ def test_boxes_leave_no_trace_in_the_paths(name):
     assert state.static.annotations == (("params/kernel", P(None, "model")),)
 
 
-# ---- trainable
+# trainable
 
 
 @pytest.mark.parametrize("name", ["nnx", "linen"])
@@ -257,7 +257,7 @@ def test_split_and_join_are_inverse():
         assert len(jax.tree.leaves(held)) == len(frozen)
 
 
-# ---- keys and paths
+# keys and paths
 
 
 def test_the_key_is_typed_and_kept():

@@ -77,7 +77,7 @@ def assert_laid_out(state, strategy):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), path
 
 
-# ---- init
+# init
 
 
 def test_the_same_seed_gives_the_same_bits_where_the_layout_says_under_every_strategy():
@@ -124,7 +124,7 @@ def test_shapes_of_a_state_are_those_of_the_state(kind):
         assert shape.sharding.is_equivalent_to(leaf.sharding, leaf.ndim), path
 
 
-# ---- place
+# place
 
 
 @every_strategy
@@ -178,7 +178,7 @@ def test_a_numpy_array_that_changes_later_does_not_change_the_state():
     assert (np.asarray(placed.params["kernel"]) == 1).all()
 
 
-# ---- data_shard. A stand-in for devices of several processes: (process of each device, mesh shape, axes, spec of the
+# data_shard. A stand-in for devices of several processes: (process of each device, mesh shape, axes, spec of the
 # rows) and what each process must load.
 PROCESSES = {
     "one process": ([0] * 8, (8,), ("data",), P("data"), {0: (0, 1)}),
@@ -255,7 +255,7 @@ def test_one_process_loads_everything(kind):
     assert STRATEGIES[kind]().data_shard() == (0, 1)
 
 
-# ---- compile: steps of one's own
+# compile: steps of one's own
 
 
 def adversarial_step(strategy):
@@ -325,7 +325,7 @@ def test_a_step_of_ones_own_takes_over_its_states_memory():
     assert np.isfinite(float(total))
 
 
-# ---- lower: before anything exists
+# lower: before anything exists
 
 
 @every_strategy
@@ -350,7 +350,7 @@ def test_what_is_lowered_is_what_runs():
     assert of_shapes.as_text() == of_arrays.as_text()
 
 
-# ---- random keys
+# random keys
 
 
 @pytest.mark.devices(8)
@@ -377,7 +377,7 @@ def test_the_loss_gets_the_key_of_the_state_folded_with_the_step(kind):
     assert found[0] != found[1]
 
 
-# ---- the value itself
+# the value itself
 
 
 @pytest.mark.devices(8)

@@ -116,7 +116,7 @@ def start(mesh, sizes=SMALL, rows=128, length=256, **build):
     return strategy, step, strategy.abstract_state(init_fn), batch
 
 
-# ---- with the TPU compiler
+# with the TPU compiler
 
 
 @pytest.mark.slow

@@ -27,11 +27,11 @@ from jaxpar.estimation.timeline import (
 from jaxpar.inspection.flops import count_kernels, count_products
 from jaxpar.inspection.hlo import read_program
 from jaxpar.inspection.report import step_of
+from jaxpar.integers import is_integer
 from jaxpar.layout import format_bytes
 from jaxpar.tables import Table, align, name_axes, show, to_html
 from jaxpar.targets import Target, target_of
 from jaxpar.tokens import count_tokens
-from jaxpar.whole import is_whole
 
 _LINKS = {"ICI": "the links between chips (ICI)", "DCN": "the network between slices (DCN)", PACE: "the slowest slice"}
 
@@ -284,7 +284,7 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
             f"The mesh {dict(mesh.shape)} is of devices that are here, whose time can be measured; give a target, as "
             f"make_mesh({', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}, target='v5e-{mesh.size}')."
         )
-    if tokens is not None and not is_whole(tokens):
+    if tokens is not None and not is_integer(tokens):
         raise EstimationError(f"tokens is {tokens!r}; give a whole number, 1 or more.")
     count, unit = count_tokens(batch) if tokens is None else (tokens, "tokens")
     _positive("seconds", seconds)

@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxpar.inspection.collectives import KINDS
 from jaxpar.inspection.report import inspect
+from jaxpar.integers import is_integer
 from jaxpar.layout import format_bytes
 from jaxpar.mesh import AXES
-from jaxpar.whole import is_whole
 
 _NO_AXIS = "-"
 
@@ -87,7 +87,7 @@ def _read_budget(budget: Any) -> dict[str, int]:
                 f"The budget has {name!r}; write a kind and axes, as 'all-reduce data' or 'all-gather fsdp,model'. "
                 f"Kinds are {', '.join(KINDS)}; axes are {', '.join(AXES)}."
             )
-        if not is_whole(count, least=0):
+        if not is_integer(count, least=0):
             raise ValueError(f"The budget has {count!r} for {name!r}; give a whole number of bytes, 0 for none.")
         read[f"{kind} {','.join(sorted(named, key=AXES.index)) or _NO_AXIS}"] = int(count)
     return read

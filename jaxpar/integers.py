@@ -4,10 +4,10 @@ import numbers
 from typing import Any
 
 
-def is_whole(number: Any, least: float = 1) -> bool:
+def is_integer(number: Any, least: float = 1) -> bool:
     """Returns whether it is a whole number of Python's or NumPy's, `least` or more; True and False are none.
 
-    >>> is_whole(3), is_whole(0), is_whole(0, least=0), is_whole(True), is_whole(2.0)
+    >>> is_integer(3), is_integer(0), is_integer(0, least=0), is_integer(True), is_integer(2.0)
     (True, False, True, False, False)
     """
     return isinstance(number, numbers.Integral) and not isinstance(number, bool) and int(number) >= least
