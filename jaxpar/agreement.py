@@ -1,6 +1,7 @@
 """What many processes must agree on, since one that goes on alone waits for ever; changes with how they can ask."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -100,3 +101,20 @@ def gather(text: str) -> list[str]:
     padded[: said.size] = said
     all_said = multihost_utils.process_allgather(padded)
     return [row[:size].tobytes().decode() for row, size in zip(all_said, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def noting_others() -> Iterator[None]:
+    """Adds to an error of the devices, in one of many processes, that another one's end may be why, and what to do."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # A closed connection is a bare ValueError where a computation's result is read (jax 0.10 to 0.12).
+        is_of_devices = isinstance(error, jax.errors.JaxRuntimeError) or type(error) is ValueError
+        if is_of_devices and jax.process_count() > 1:
+            error.add_note(
+                f"This is process {jax.process_index()} of {jax.process_count()}. If its connection was closed, "
+                "another one has died, and says why in its own output: start all of them again, and the run goes on from its "
+                "last checkpoint."
+            )
+        raise

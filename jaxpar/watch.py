@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxpar.agreement import noting_others
 from jaxpar.profiling import Profile, Recorder
 from jaxpar.progress import Show, show_steps
 from jaxpar.state import named_leaves
@@ -68,5 +69,5 @@ def watching(
     recorder = Recorder(profile)
     # Of many processes' lines on one terminal none could be read.
     lines = show_steps(steps, estimated) if jax.process_index() == 0 else contextlib.nullcontext()
-    with lines as show, contextlib.closing(recorder):
+    with noting_others(), lines as show, contextlib.closing(recorder):
         yield Watch(on_step, show, Meter(train_step), recorder)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from jaxpar import agreement, distributed, launch_command, preemption
 from jaxpar.__main__ import main
 from jaxpar.checkpoint import CheckpointError
 from jaxpar.distributed import DistributedError, initialize
+from jaxpar.fit import FitError
 
 PROGRAM = pathlib.Path(__file__).parent / "fit_program.py"
 
@@ -308,6 +310,23 @@ def test_a_launcher_that_is_killed_leaves_nothing_behind(tmp_path):
     while left() and time.monotonic() < end:
         time.sleep(0.1)
     assert not left()
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "is_noted"),
+    [
+        (jax.errors.JaxRuntimeError("Connection closed by peer"), 2, True),
+        (ValueError("UNKNOWN: Gloo AllGather failed"), 2, True),
+        (jax.errors.JaxRuntimeError("out of memory"), 1, False),
+        (FitError("The loss is nan"), 2, False),
+    ],
+)
+def test_an_error_in_one_of_many_says_where_to_look_and_what_to_do(monkeypatch, error, processes, is_noted):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(type(error)) as raised, agreement.noting_others():
+        raise error
+    note = "This is process 0 of 2. If its connection was closed, another one has died, and says why in its own output"
+    assert [text.startswith(note) for text in getattr(raised.value, "__notes__", [])] == [True] * is_noted
 
 
 @pytest.mark.slow
