@@ -114,7 +114,7 @@ def noting_others() -> Iterator[None]:
         if is_of_devices and jax.process_count() > 1:
             error.add_note(
                 f"This is process {jax.process_index()} of {jax.process_count()}. If its connection was closed, "
-                "another one has died, and says why in its own output: start all of them again, and the run goes on from its "
-                "last checkpoint."
+                "another one has died, and says why in its own output: start all of them again, and the "
+                "run goes on from its last checkpoint."
             )
         raise
