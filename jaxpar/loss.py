@@ -114,7 +114,7 @@ def call_model(
             )
         return result, _like(read_model_state(static, model, model_state), model_state)
     _, metrics, updates = read_loss(result)
-    if taken := sorted(set(metrics) & set(model_state)):
+    if taken := sorted(name for name in set(metrics) & set(model_state) if isinstance(metrics[name], Mapping)):
         raise LossError(
             f"loss_fn's second value, its metrics, has {taken}, collections of the state; what changes them comes "
             "third, as (loss, {}, updates)."

@@ -1194,3 +1194,9 @@ def test_an_error_of_the_users_own_function_comes_through_as_it_is():
 def test_batchnorm_that_uses_its_averages_or_is_told_to_leave_them_trains(use_running_average, updates, options):
     state, _ = train_norm(use_running_average, *updates, **options)
     assert float(abs(state.model_state["batch_stats"]["mean"]).max()) == 0
+
+
+def test_a_metric_may_have_the_name_of_a_collection():
+    mean = lambda updates: {"batch_stats": updates["batch_stats"]["mean"].mean()}
+    _, metrics = train_norm(False, {}, metrics=mean)
+    assert np.isfinite(float(metrics["batch_stats"]))

@@ -19,7 +19,7 @@ from jaxpar import train_command
 from jaxpar.__main__ import main
 
 SMALL = ["--d-model", "32", "--seq-len", "16", "--batch-size", "32", "--steps", "4"]
-TEXT = "the quick brown fox jumps over the lazy dog, and so it goes on and on. " * 200
+TEXT = pathlib.Path(textwrap.__file__).read_text()
 PAIRS = [f"{first}=2,{second}=4" for first, second in itertools.combinations(jaxpar.AXES, 2)]
 TRIPLES = [
     "data=2,fsdp=2,model=2",
