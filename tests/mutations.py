@@ -394,6 +394,13 @@ MUTATIONS = [
         CONTRACTS + "a_step_takes_over_its_states_buffers_and_gives_them_back_laid_out_alike[pmap]",
     ),
     Mutation(
+        "a step's own new key dropped",
+        "sharded.py",
+        "changed = None if after.rng is rng else after.rng",
+        "changed = None",
+        "tests/test_strategy.py::test_a_step_of_ones_own_may_give_back_a_key_of_its_own[data]",
+    ),
+    Mutation(
         "the state's layout after a step left to the compiler",
         "sharded.py",
         "out_shardings=(state_shardings, None) if carries_state else None,",

@@ -83,7 +83,7 @@ def test_a_step_takes_over_its_states_buffers_and_gives_them_back_laid_out_alike
     old = named_leaves(state)
     new, _ = step(state, strategy.shard_batch(make_batches("conv", 1)[0]))
     for (path, before), (_, after) in zip(old, named_leaves(new), strict=True):
-        assert before.is_deleted(), path
+        assert before.is_deleted() or (before is after and path == "rng"), path
         assert before.sharding.is_equivalent_to(after.sharding, after.ndim), path
 
 

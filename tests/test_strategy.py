@@ -325,6 +325,29 @@ def test_a_step_of_ones_own_takes_over_its_states_memory():
     assert np.isfinite(float(total))
 
 
+@pytest.mark.devices(8)
+@every_strategy
+def test_a_step_of_ones_own_may_give_back_a_key_of_its_own(kind):
+    strategy = STRATEGIES[kind]()
+    state, traces = start(strategy), []
+    keys, expected = [], [jax.random.clone(state.rng)]
+
+    def step(state, batch):
+        traces.append(1)
+        rng, noise = jax.random.split(state.rng)
+        return state.replace(rng=rng), jax.random.uniform(noise)
+
+    compiled = strategy.compile(step)
+    for _ in range(3):
+        keys.append(jax.random.key_data(state.rng).tolist())
+        state, _ = compiled(state, strategy.shard_batch(BATCH))
+        assert state.rng.sharding.is_fully_replicated
+    for _ in range(2):
+        expected.append(jax.random.split(expected[-1])[0])
+    assert keys == [jax.random.key_data(key).tolist() for key in expected]
+    assert len(traces) == 1
+
+
 # lower: before anything exists
 
 
