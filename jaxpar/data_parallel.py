@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxpar.mesh import MeshError, check_devices
+from jaxpar.mesh import STACK_AXIS, MeshError, check_devices
 from jaxpar.state import named_leaves
 from jaxpar.step import DriftError, Engine, StepFn, looks_for_nans
 from jaxpar.strategy import Strategy
@@ -49,10 +49,10 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
         raise MeshError(f"axis_name is {axis_name!r}; give a name, as 'data'.")
     mesh = Mesh(np.array(chosen), (axis_name,), axis_types=(AxisType.Auto,))
     count = len(chosen)
-    split, one = NamedSharding(mesh, PartitionSpec(axis_name)), PartitionSpec()
+    split = NamedSharding(Mesh(np.array(chosen), (STACK_AXIS,)), PartitionSpec(STACK_AXIS))
 
     def batch_spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-        return PartitionSpec(axis_name) if shape else one
+        return PartitionSpec(axis_name) if shape else PartitionSpec()
 
     def stacked_shape(leaf: Any) -> tuple[int, ...]:
         return (count, leaf.shape[0] // count, *leaf.shape[1:]) if leaf.shape else (count,)

@@ -22,6 +22,8 @@ _ALSO_CALLED |= {"pp": "stage", "ep": "expert", "sequence": "context", "cp": "co
 _ALSO_CALLED |= {"tensor": "model", "tp": "model", "mp": "model"}
 # What `jax.vmap` calls the rows of a padded batch, where the model sees one after the other.
 ROW_AXIS = "jaxpar_row"
+# Over which a batch for pmap lies: no strategy takes it for rows of its own.
+STACK_AXIS = "jaxpar_stack"
 
 
 class MeshError(ValueError):

@@ -1,4 +1,4 @@
-"""`Step`: a function compiled for a strategy, and what it checks of its arguments before any compile."""
+"""`Step`: a function compiled for a strategy, once for each shape of its batch."""
 
 import functools
 import math
@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.tree_util import tree_flatten
 
-from jaxpar.batch import BatchError, match_path, name_leaf
+from jaxpar.arguments import (
+    check_arrays,
+    check_batch,
+    check_rows,
+    check_state,
+    check_untraced,
+    name_deleted,
+    not_placed,
+)
+from jaxpar.batch import BatchError, name_leaf
 from jaxpar.layout import Layout
 from jaxpar.stacklevel import level_of_caller
-from jaxpar.state import StateError, TrainState, check_is_state, named_leaves, split_params
+from jaxpar.state import StateError, TrainState, check_is_state, named_leaves
 
 if TYPE_CHECKING:
     from jaxpar.strategy import Strategy
@@ -124,7 +132,7 @@ class Step:
         try:
             key = kind, treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
         except AttributeError:
-            raise _not_placed(batch) from None
+            raise not_placed(batch) from None
         # To compare with the last call's key costs half of what a look-up by hash does.
         last, run = self._last
         if key != last:
@@ -135,7 +143,7 @@ class Step:
         try:
             # JAX 0.10 crashes the process when a compiled step is given a buffer that is gone, so look before.
             if probe.is_deleted() or True in [leaf.is_deleted() for leaf in leaves]:
-                raise _name_deleted(state, batch)
+                raise name_deleted(state, batch)
             return run(state, batch)
         except Exception as error:
             named = _name_nan(error) or self._explain(state, batch, self._state_shapes[kind])
@@ -146,15 +154,15 @@ class Step:
     def lower(self, state: Any, batch: Any) -> Any:
         """Returns `jax.stages.Lowered` for a state and a raw global batch, arrays or shapes."""
         batch = self.strategy.abstract_batch(batch)
-        self._check_state(state)
-        self._check_rows(batch)
+        check_state(self.strategy, state)
+        check_rows(self.strategy, batch, self.num_microbatches)
         return self.strategy.engine.lower(self.fn, state, batch, self.carries_state, self.compiler_options)
 
     def trace(self, state: Any, batch: Any) -> Any:
         """Returns the step's jaxpr for a state and a raw global batch, arrays or shapes: nothing is compiled."""
         batch = self.strategy.abstract_batch(batch)
-        self._check_state(state)
-        self._check_rows(batch)
+        check_state(self.strategy, state)
+        check_rows(self.strategy, batch, self.num_microbatches)
         return self.strategy.engine.trace(self.fn, state, batch)
 
     def export(self, state: Any, batch: Any) -> Any:
@@ -163,8 +171,8 @@ class Step:
         It takes two flat lists, the leaves of the state and of the batch, and gives two back.
         """
         batch = self.strategy.abstract_batch(batch)
-        self._check_state(state)
-        self._check_rows(batch)
+        check_state(self.strategy, state)
+        check_rows(self.strategy, batch, self.num_microbatches)
         return self.strategy.engine.export(self.fn, state, batch, self.carries_state)
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
@@ -174,11 +182,11 @@ class Step:
                 "jax_disable_jit is set, but a step is compiled ahead of time; call your own function by itself "
                 "instead, as loss_fn(state.model, batch, jax.random.key(0)), under a debugger."
             )
-        _check_untraced(state, batch)
-        self._check_batch(batch)
-        self._check_arrays(state)
-        self._check_state(state)
-        self._check_rows(batch)
+        check_untraced(state, batch)
+        check_batch(self.strategy, batch)
+        check_arrays(state)
+        check_state(self.strategy, state)
+        check_rows(self.strategy, batch, self.num_microbatches)
         start = time.perf_counter()
         try:
             run = self.strategy.engine.prepare(self.fn, state, batch, self.carries_state, self.compiler_options)
@@ -201,68 +209,12 @@ class Step:
         self._state_shapes[key[0]] = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
         return run
 
-    def _check_batch(self, batch: Any) -> None:
-        mesh_devices = set(self.strategy.mesh.devices.flat)
-        if isinstance(batch, TrainState):
-            raise BatchError("The batch is a TrainState; call the step with (state, batch).")
-        if not jax.tree.leaves(batch):
-            raise BatchError(f"The batch {batch!r} has no leaf; give what strategy.shard_batch returns.")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-            if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != mesh_devices:
-                raise _not_placed(batch, name_leaf(path))
-            if self.strategy.engine.example_dims == 2 and leaf.shape[:1] != (self.strategy.num_shards,):
-                raise _not_placed(batch, name_leaf(path))
-            sharding = NamedSharding(self.strategy.mesh, self.strategy.engine.batch_spec(match_path(path), leaf.shape))
-            if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-                raise _not_placed(batch, name_leaf(path))
-
-    def _check_arrays(self, state: Any) -> None:
-        for path, leaf in named_leaves(state):
-            if not isinstance(leaf, jax.Array):
-                raise StateError(
-                    f"State leaf {path!r} is a {type(leaf).__name__}, not an array on devices; make the state with "
-                    "strategy.init, or place it with strategy.place(state)."
-                )
-
-    def _check_state(self, state: Any) -> None:
-        check_is_state(state)
-        mesh_devices = set(self.strategy.mesh.devices.flat)
-        for path, leaf in named_leaves(state):
-            devices = getattr(getattr(leaf, "sharding", None), "device_set", ())
-            if set(devices) != mesh_devices:
-                raise StateError(
-                    f"State leaf {path!r} lies on {len(devices)} devices, but {self.strategy.name} uses "
-                    f"{len(mesh_devices)}; make the state with strategy.init, or strategy.place(state)."
-                )
-        parts = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TrainState))
-        for part in (part for part in parts if isinstance(part, TrainState)):
-            _check_optimizer(part)
-            layout = self.strategy.layout(part)
-            for row, leaf, sharding in zip(layout.rows, jax.tree.leaves(part), layout.shardings, strict=True):
-                if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-                    raise StateError(
-                        f"State leaf {row.path!r} is laid out as {getattr(leaf.sharding, 'spec', leaf.sharding)}, but "
-                        f"{self.strategy.name} lays it out as {row.spec}; use strategy.place(state)."
-                    )
-
-    def _check_rows(self, batch: Any) -> None:
-        strategy, count = self.strategy, self.num_microbatches
-        if count == 1:
-            return
-        rows = _global_rows(strategy, batch)
-        unit = strategy.num_shards * count
-        if rows % unit:
-            raise BatchError(
-                f"The batch has {rows} examples, which do not divide by {strategy.num_shards} shards x {count} "
-                f"microbatches = {unit}; pad to {rows - rows % unit + unit} with jaxpar.pad_batch."
-            )
-
     def _explain(self, state: Any, batch: Any, shapes: Any) -> Exception | None:
         """What is wrong with the state or the batch, looked for once the step has failed; None if nothing is."""
         try:
-            _check_untraced(state, batch)
-            self._check_batch(batch)
-            self._check_state(state)
+            check_untraced(state, batch)
+            check_batch(self.strategy, batch)
+            check_state(self.strategy, state)
         except (BatchError, StateError) as named:
             return named
         for (path, leaf), (shape, dtype) in zip(named_leaves(state), shapes, strict=True):
@@ -272,23 +224,6 @@ class Step:
                     "make a step of its own for another model."
                 )
         return None
-
-
-def _check_untraced(state: Any, batch: Any) -> None:
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch))):
-        raise StateError(
-            "The step is called inside jax.jit, vmap, grad or a scan, but it is compiled by itself, for arrays on "
-            "devices; call it outside of them."
-        )
-
-
-def _global_rows(strategy: "Strategy", batch: Any) -> int:
-    dims = strategy.engine.example_dims
-    return next(
-        math.prod(leaf.shape[:dims])
-        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
-        if leaf.ndim >= dims and not strategy.shared(match_path(path))
-    )
 
 
 def _keep_state(fn: StepFn) -> StepFn:
@@ -317,35 +252,11 @@ def _keep_state(fn: StepFn) -> StepFn:
     return keeping
 
 
-def _check_optimizer(state: TrainState) -> None:
-    trained, _ = split_params(state.params, state.static.frozen)
-    needed = jax.eval_shape(state.static.tx.init, trained)
-    if jax.tree.structure(needed) != jax.tree.structure(state.opt_state):
-        now, fits = ({path for path, _ in named_leaves(tree)} for tree in (state.opt_state, needed))
-        raise StateError(
-            f"The state's opt_state doesn't fit its params: they differ in {sorted(now ^ fits)[:4] or 'containers'}; "
-            "make it anew with TrainState.create."
-        )
-
-
 def _structure_of(state: Any) -> tuple[Any, Any]:
     leaves, treedef = jax.tree.flatten(state)
     if not leaves:
         raise StateError(f"The state {state!r} has no leaf; give arrays, or what jaxpar.TrainState.create gives.")
     return treedef, leaves[0]
-
-
-def _name_deleted(state: Any, batch: Any) -> ValueError | TypeError:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if leaf.is_deleted():
-            return BatchError(
-                f"Batch leaf {name_leaf(path)} was deleted; place it again with strategy.shard_batch(batch)."
-            )
-    path = next(path for path, leaf in named_leaves(state) if leaf.is_deleted())
-    return StateError(
-        f"State leaf {path!r} is gone: an earlier call of a step took over the memory of its state; use the state that "
-        "the call returned, or strategy.place(state) for a copy beforehand."
-    )
 
 
 def _describe_change(batch: Any, before: Any, example_dims: int) -> str:
@@ -386,14 +297,4 @@ def _name_nan(error: Exception) -> Exception | None:
     return FloatingPointError(
         f"The step made a {found}; to have JAX name the operation, call your own function by itself, as "
         "loss_fn(state.model, batch, jax.random.key(0)), with jax_debug_nans set."
-    )
-
-
-def _not_placed(batch: Any, name: str | None = None) -> BatchError:
-    if name is None:
-        name = next(
-            name_leaf(path) for path, leaf in jax.tree_util.tree_leaves_with_path(batch) if not hasattr(leaf, "dtype")
-        )
-    return BatchError(
-        f"Batch leaf {name} does not lie on the strategy's devices as it should; pass strategy.shard_batch(batch)."
     )

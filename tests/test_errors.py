@@ -852,6 +852,16 @@ BATCHES = {
         lambda: make_train_step(loss_fn, pmap())(start(pmap()), data().shard_batch(BATCH)),
         ["['x']", "strategy.shard_batch(batch)"],
     ),
+    "jit's batch of as many rows as devices under pmap": (
+        lambda: make_train_step(loss_fn, pmap())(
+            start(pmap()), data().shard_batch({"x": np.ones((8, 2, 32), "float32"), "y": np.ones((8, 2), "int32")})
+        ),
+        ["['x']", "strategy.shard_batch(batch)"],
+    ),
+    "pmap's batch under jit": (
+        lambda: make_train_step(loss_fn, data())(start(data()), pmap().shard_batch(BATCH)),
+        ["['x']", "strategy.shard_batch(batch)"],
+    ),
     "a deleted leaf": (with_deleted_leaf, ["['x']", "deleted"]),
     "no batch to a step": (
         lambda: make_train_step(loss_fn, data())(start(data()), None),

@@ -104,6 +104,7 @@ CORE = [
     "loss",
     "layout",
     "stacklevel",
+    "arguments",
     "step",
     "initialisers",
     "carries",
