@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxpar.integers import is_integer
 from jaxpar.island import current_mesh, island_size, jit_island
 from jaxpar.mesh import check_axis_name
 from jaxpar.sequence import CONTEXT_SIZE, ContextError, check_divides
@@ -320,7 +321,7 @@ def _automatic_size(axis: str) -> int:
 
 
 def _make_kernel(q_BTHD: jax.Array, scale: Any, block_size: Any, size: int, spec: tuple[Any, ...] = ()) -> _Kernel:
-    if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer) or block_size < 1:
+    if not is_integer(block_size):
         raise ContextError(f"block_size is {block_size!r}; give a whole number of tokens, 1 or more.")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float | np.number)):
         raise ContextError(f"scale is {scale!r}; give a plain number, or multiply q by it instead.")

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from jaxpar.integers import is_integer
+
 # What `jaxpar launch` tells each process that it starts.
 ADDRESS, COUNT, INDEX = "JAXPAR_ADDRESS", "JAXPAR_PROCESSES", "JAXPAR_PROCESS"
 LAUNCHER = "JAXPAR_LAUNCHER"
@@ -53,7 +55,7 @@ def initialize(
     (0, 1)
     """
     beat = heartbeat_timeout_seconds
-    if isinstance(beat, bool) or not isinstance(beat, int) or beat < 1:
+    if not is_integer(beat):
         raise DistributedError(f"heartbeat_timeout_seconds is {beat!r}; give whole seconds, 1 or more.")
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     if ADDRESS in os.environ and not any(value is not None for value in given.values()):
@@ -66,7 +68,7 @@ def initialize(
     if missing:
         raise DistributedError(f"{', '.join(missing)} is missing: give {', '.join(given)}, or none of them.")
     address, count, index = given.values()
-    return _join(address, count, index, coordinator_bind_address, beat)
+    return _join(address, count, index, coordinator_bind_address, int(beat))
 
 
 def _read_launched() -> tuple[str, int, int]:
@@ -83,12 +85,13 @@ def _join(address: Any, count: Any, index: Any, bind: str | None, heartbeat: int
     address = str(address)
     if not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", address):
         raise DistributedError(f"coordinator_address is {address!r}; give a host and a port, as '10.0.0.1:1234'.")
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not is_integer(count):
         raise DistributedError(f"num_processes is {count!r}; give a whole number, 1 or more.")
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+    if not is_integer(index, least=0) or index >= count:
         raise DistributedError(
             f"process_id is {index!r}; of {count} processes give a whole number from 0 to {count - 1}."
         )
+    count, index = int(count), int(index)
     _check_unused()
     if count == 1:
         # Joined all the same: on a CPU it then adds by gloo, in the order in which several do, and so gives their bits.

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxpar.integers import is_integer
 from jaxpar.island import automatic_axes, island_size, jit_island, takes_rows_alone
 from jaxpar.mesh import BATCH_AXES
 
@@ -367,10 +368,7 @@ def _check_arrays(x: Any, router: Any, experts: Any, top_k: Any) -> None:
         raise ExpertError(f"x has shape {np.shape(x)}; give rows, any more dims, and features last, none of them 0.")
     features = x.shape[-1]
     if np.ndim(router) != 2 or router.shape[0] != features:
-        raise ExpertError(
-            f"router has shape {np.shape(router)}; for x of {features} features give (features, experts), as "
-            f"({features}, 8)."
-        )
+        raise ExpertError(f"router has shape {np.shape(router)}; x of {features} features needs ({features}, experts).")
     num_experts, hidden = router.shape[1], experts.up.shape[-1] if np.ndim(experts.up) else 0
     shapes = (*[(num_experts, features, hidden)] * 2, (num_experts, hidden, features))
     for name, kernel, shape in zip(experts._fields, experts, shapes, strict=True):
@@ -379,7 +377,7 @@ def _check_arrays(x: Any, router: Any, experts: Any, top_k: Any) -> None:
                 f"{name} has shape {kernel.shape}, but a router of {num_experts} experts, x of {features} features and "
                 f"up of {hidden} hidden ones need {shape}."
             )
-    if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or not 1 <= top_k <= num_experts:
+    if not is_integer(top_k) or top_k > num_experts:
         raise ExpertError(f"top_k is {top_k!r}; give a whole number from 1 to the {num_experts} experts.")
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxpar.integers import is_integer
+
 CONTEXT_SIZE = "the size of mesh axis 'context'"
 
 
@@ -22,9 +24,9 @@ def zigzag_order(length: int, size: int) -> np.ndarray:
     >>> zigzag_order(8, 2)
     array([0, 1, 6, 7, 2, 3, 4, 5])
     """
-    if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
+    if not is_integer(length):
         raise ContextError(f"length is {length!r}; give how many tokens a sequence has, as x.shape[1].")
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+    if not is_integer(size):
         raise ContextError(f"size is {size!r}; give the size of the mesh axis 'context', as mesh.shape['context'].")
     if size > 1:
         check_divides(f"The sequence has {length} tokens", length, 2 * size, f"twice {size}, {CONTEXT_SIZE}")

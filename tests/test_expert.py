@@ -527,9 +527,9 @@ ERRORS = {
     "x_without_tokens": (lambda: mix(shrink("x", 8, 0, 8)), r"x has shape \(8, 0, 8\); .* none of them 0"),
     "router_of_other_features": (
         lambda: mix(shrink("router", 6, 8)),
-        r"router has shape \(6, 8\); for x of 8 features give \(features, experts\), as \(8, 8\)\.",
+        r"router has shape \(6, 8\); x of 8 features needs \(8, experts\)\.",
     ),
-    "router_of_one_dim": (lambda: mix(shrink("router", 8)), r"router has shape \(8,\); for x of 8 features give"),
+    "router_of_one_dim": (lambda: mix(shrink("router", 8)), r"router has shape \(8,\); x of 8 features needs"),
     "experts_fewer_than_the_routers": (
         lambda: mix(shrink("up", 4, 8, 16)),
         r"up has shape \(4, 8, 16\), but a router of 8 experts, x of 8 features and up of 16 hidden ones need "
