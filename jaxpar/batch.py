@@ -66,7 +66,8 @@ def count_rows(batch: Any, is_shared: Callable[[str], bool] = lambda path: False
         if other[0] != shape[0]:
             raise BatchError(
                 f"Batch leaf {name} has {other[0]} examples, but {first} has {shape[0]}; all need the same first "
-                "dim, or, for one without rows, a batch rule (regex, jaxpar.WHOLE) and pad_batch(..., whole=[regex])."
+                "dim, or, for one without rows, sharded(..., batch_rules=[(regex, jaxpar.WHOLE)]) and pad_batch(..., "
+                "whole=[regex])."
             )
     if not shape[0]:
         raise BatchError(

@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import tempfile
 import threading
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +38,7 @@ from jaxpar.saved_leaves import (
     leaves_of,
     size_of,
 )
+from jaxpar.stacklevel import warn_caller
 from jaxpar.state import is_key, named_leaves
 
 # How long a process waits for the others' parts: Orbax doesn't learn that one of them failed. At most its own default.
@@ -282,7 +282,7 @@ class Checkpoints:
                 )
                 raise CheckpointError(f"{_told_of(candidate, error)} {rest}") from error
             for message in passed:
-                warnings.warn(f"{message} An older one, {candidate}, is taken.", CheckpointWarning, stacklevel=4)
+                warn_caller(f"{message} An older one, {candidate}, is taken.", CheckpointWarning)
             return candidate
         told = f": {' '.join(passed)}" if passed else _NEXT
         raise CheckpointError(f"{self.directory} has no checkpoint that can be restored{told}")

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import pathlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +17,7 @@ from jaxpar.lines import plain_lines, tell_resume
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.profiling import Profile
 from jaxpar.source import BatchesEnded, Source, place_of_all
+from jaxpar.stacklevel import warn_caller
 from jaxpar.state import TrainState, named_leaves
 from jaxpar.step import Step
 from jaxpar.strategy import check_takes
@@ -266,11 +266,8 @@ class _Run:
                 f"{told} The run went back to step {reached} {_RETURNS} times: other batches don't help.",
                 "Try a lower learning rate, or clip gradients.",
             )
-        warnings.warn(
-            f"{told} The run goes on from step {reached}, with the batches that follow.",
-            CheckpointWarning,
-            stacklevel=4,
-        )
+        told = f"{told} The run goes on from step {reached}, with the batches that follow."
+        warn_caller(told, CheckpointWarning)
         return state
 
 
@@ -332,9 +329,7 @@ def _warned() -> Iterator[list[CheckpointError]]:
         yield failed
     except CheckpointError as error:
         failed.append(error)
-        warnings.warn(
-            f"{error} The run goes on; the checkpoints before are as they were.", CheckpointWarning, stacklevel=5
-        )
+        warn_caller(f"{error} The run goes on; the checkpoints before are as they were.", CheckpointWarning)
 
 
 def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: Any, nonfinite: Any) -> None:

@@ -10,10 +10,11 @@ import json
 import os
 import pathlib
 import tempfile
-import warnings
 import zlib
 from collections.abc import Iterable
 from typing import Any
+
+from jaxpar.stacklevel import warn_caller
 
 _MOST = 256
 
@@ -61,9 +62,8 @@ def write(key: str, content: dict[str, Any]) -> None:
     except OSError as error:
         if part is not None:
             part.unlink(missing_ok=True)
-        warnings.warn(
-            f"A compiled program can't be kept in {folder}: {error.strerror}; name another folder by JAXPAR_CACHE_DIR.",
-            stacklevel=4,
+        warn_caller(
+            f"A compiled program can't be kept in {folder}: {error.strerror}; name another folder by JAXPAR_CACHE_DIR."
         )
         return
     # Another process may drop some too.
@@ -85,17 +85,15 @@ def _folder() -> pathlib.Path | None:
     except (OSError, RuntimeError):
         # A user without a home has nothing kept, unless a folder is named.
         if named:
-            warnings.warn(
+            warn_caller(
                 f"{named} is no folder that can be made: compiled programs are not kept; name another by "
-                "JAXPAR_CACHE_DIR, or leave it empty to keep none.",
-                stacklevel=5,
+                "JAXPAR_CACHE_DIR, or leave it empty to keep none."
             )
         return None
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        warnings.warn(
+        warn_caller(
             f"{folder} is another user's or can be written by others, so compiled programs are not kept there: chmod "
-            "700 your own, or name another by JAXPAR_CACHE_DIR.",
-            stacklevel=5,
+            "700 your own, or name another by JAXPAR_CACHE_DIR."
         )
         return None
     return folder

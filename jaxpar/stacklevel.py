@@ -1,12 +1,13 @@
-"""At which line a warning points: the user's, however deep inside of jaxpar it is given."""
+"""Warnings that point at the user's line, however deep inside of jaxpar they are given."""
 
 import inspect
+import warnings
 
 
-def level_of_caller() -> int:
-    """Returns the `stacklevel` at which the function that asks for it warns at the line that called jaxpar."""
-    frame = inspect.currentframe()
-    level = 0
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("jaxpar."):
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the line that called jaxpar."""
+    frame, level = inspect.currentframe(), 0
+    # Where a context manager of jaxpar's warns, contextlib's frames lie between.
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("jaxpar.", "contextlib")):
         frame, level = frame.f_back, level + 1
-    return level
+    warnings.warn(message, category, stacklevel=level + 1)

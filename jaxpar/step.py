@@ -3,7 +3,6 @@
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +22,7 @@ from jaxpar.arguments import (
 )
 from jaxpar.batch import BatchError, name_leaf
 from jaxpar.layout import Layout
-from jaxpar.stacklevel import level_of_caller
+from jaxpar.stacklevel import warn_caller
 from jaxpar.state import StateError, TrainState, check_is_state, named_leaves
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ StepFn = Callable[[Any, Any], Any]
 class RecompileWarning(UserWarning):
     """A batch of another shape made a step compile again.
 
-    >>> import jaxpar
+    >>> import jaxpar, warnings
     >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
     >>> step, state = strategy.compile(lambda state, batch: (state, {})), strategy.place(jnp.ones(()))
     >>> for rows in (8, 16):
@@ -199,11 +198,10 @@ class Step:
         seconds = time.perf_counter() - start
         before = self._batches.get(key[0])
         if before is not None:
-            warnings.warn(
+            warn_caller(
                 f"{_describe_change(batch, before, self.strategy.engine.example_dims)}: the step compiled again, in "
                 f"{seconds:.1f} s. Pad every batch with jaxpar.pad_batch to keep one shape.",
                 RecompileWarning,
-                stacklevel=level_of_caller(),
             )
         self._runs[key], self._batches[key[0]] = run, jax.tree.map(jax.typeof, batch)
         self._state_shapes[key[0]] = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]

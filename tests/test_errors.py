@@ -763,8 +763,8 @@ BATCHES = {
     ),
     "leaves that differ in their rows": (
         lambda: data().shard_batch({"x": np.ones((8, 3)), "y": np.ones(16)}),
-        "Batch leaf ['y'] has 16 examples, but ['x'] has 8; all need the same first dim, or, for one without rows, a "
-        "batch rule (regex, jaxpar.WHOLE) and pad_batch(..., whole=[regex]).",
+        "Batch leaf ['y'] has 16 examples, but ['x'] has 8; all need the same first dim, or, for one without rows, "
+        "sharded(..., batch_rules=[(regex, jaxpar.WHOLE)]) and pad_batch(..., whole=[regex]).",
     ),
     "no row": (
         lambda: data().shard_batch({"x": np.ones((0, 3))}),
