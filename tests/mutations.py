@@ -396,9 +396,16 @@ MUTATIONS = [
     Mutation(
         "a step's own new key dropped",
         "sharded.py",
-        "changed = None if after.rng is rng else after.rng",
+        "changed = None if after.rng is rng else jax.lax.with_sharding_constraint(after.rng, sharding)",
         "changed = None",
         "tests/test_strategy.py::test_a_step_of_ones_own_may_give_back_a_key_of_its_own[data]",
+    ),
+    Mutation(
+        "the layout of a step's own new key left to the compiler",
+        "sharded.py",
+        "else jax.lax.with_sharding_constraint(after.rng, sharding)",
+        "else after.rng",
+        "tests/test_strategy.py::test_a_new_key_lies_as_the_old_one_did",
     ),
     Mutation(
         "the state's layout after a step left to the compiler",

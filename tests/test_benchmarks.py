@@ -29,7 +29,7 @@ def load(name):
 @pytest.mark.slow
 def test_overhead_compares_every_case(tmp_path):
     figures = load("overhead").main(["--quick", "--json", str(tmp_path / "figures.json")])
-    assert len(figures) == 7
+    assert len(figures) == 9
     assert all(0 < row["ratio"] < 100 for row in figures.values())
     assert json.loads((tmp_path / "figures.json").read_text())["figures"].keys() == figures.keys()
 

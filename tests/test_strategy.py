@@ -348,6 +348,19 @@ def test_a_step_of_ones_own_may_give_back_a_key_of_its_own(kind):
     assert len(traces) == 1
 
 
+@pytest.mark.devices(2)
+def test_a_new_key_lies_as_the_old_one_did():
+    strategy = jaxpar.sharded(jaxpar.make_mesh(data=2, devices=jax.devices()[:2]))
+    state = strategy.place(start(strategy).replace(rng=jax.random.split(jax.random.key(0), 16)))
+
+    def step(state, batch):
+        # A key a row, which the compiler, left to itself, would split as the rows are.
+        return state.replace(rng=jax.vmap(jax.random.fold_in)(state.rng, batch["x"][:, 0].astype(int))), {}
+
+    state, _ = strategy.compile(step)(state, strategy.shard_batch(BATCH))
+    assert state.rng.sharding.is_fully_replicated
+
+
 # lower: before anything exists
 
 
