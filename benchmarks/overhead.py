@@ -183,7 +183,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that it runs, measures nothing")
     options = parser.parse_args(argv)
     jaxpar.fake_devices(8)
-    cases = {
+    cases: dict[str, Any] = {
         f"dispatch, {kind}, {count} device{'s' * (count > 1)}": (dispatch, (kind, count))
         for kind in ("linen", "nnx")
         for count in (1, 8)

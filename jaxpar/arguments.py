@@ -32,14 +32,22 @@ def check_batch(strategy: "Strategy", batch: Any) -> None:
     if not jax.tree.leaves(batch):
         raise BatchError(f"The batch {batch!r} has no leaf; give what strategy.shard_batch returns.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != mesh_devices:
-            raise not_placed(batch, name_leaf(path))
+        if not isinstance(leaf, jax.Array):
+            raise BatchError(
+                f"Batch leaf {name_leaf(path)} is a {type(leaf).__name__}, not an array on the strategy's devices; "
+                "pass strategy.shard_batch(batch)."
+            )
         # As it lies for pmap, (shards, rows of one, ...), a leaf would pass for one of as many rows as shards.
         is_stacked = getattr(leaf.sharding, "mesh", strategy.mesh).axis_names == (STACK_AXIS,)
-        spec = strategy.engine.batch_spec(match_path(path), leaf.shape)
-        lies_so = leaf.sharding.is_equivalent_to(NamedSharding(strategy.mesh, spec), leaf.ndim)
+        sharding = NamedSharding(strategy.mesh, strategy.engine.batch_spec(match_path(path), leaf.shape))
+        lies_so = leaf.sharding.device_set == mesh_devices and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         if not lies_so or is_stacked != (strategy.engine.example_dims == 2):
-            raise not_placed(batch, name_leaf(path))
+            spec = getattr(leaf.sharding, "spec", leaf.sharding)
+            given = "data_parallel places it" if is_stacked else f"{spec} on {len(leaf.sharding.device_set)} devices"
+            raise BatchError(
+                f"Batch leaf {name_leaf(path)} of shape {leaf.shape} lies as {given}, not as {strategy.name} places it "
+                f"on its {len(mesh_devices)}; pass strategy.shard_batch(batch)."
+            )
 
 
 def check_arrays(state: Any) -> None:
@@ -99,17 +107,6 @@ def name_deleted(state: Any, batch: Any) -> ValueError | TypeError:
     return StateError(
         f"State leaf {path!r} is gone: an earlier call of a step took over the memory of its state; use the state that "
         "the call returned, or strategy.place(state) for a copy beforehand."
-    )
-
-
-def not_placed(batch: Any, name: str | None = None) -> BatchError:
-    """Returns an error that names a batch leaf, by default the first that is no array, as lying elsewhere."""
-    if name is None:
-        name = next(
-            name_leaf(path) for path, leaf in jax.tree_util.tree_leaves_with_path(batch) if not hasattr(leaf, "dtype")
-        )
-    return BatchError(
-        f"Batch leaf {name} does not lie on the strategy's devices as it should; pass strategy.shard_batch(batch)."
     )
 
 

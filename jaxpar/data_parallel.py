@@ -1,7 +1,7 @@
 """The per-device view: `jax.pmap`; a step sees one shard of the batch and names an axis to reduce over."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxpar.mesh import STACK_AXIS, MeshError, check_devices
+from jaxpar.loss import LossError
+from jaxpar.mesh import AXIS_NAME, STACK_AXIS, MeshError, check_devices
 from jaxpar.state import named_leaves
 from jaxpar.step import DriftError, Engine, StepFn, looks_for_nans
 from jaxpar.strategy import Strategy
@@ -89,8 +90,19 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
     def trace(fn: StepFn, state: Any, batch: Any) -> Any:
         return jax.make_jaxpr(jax.pmap(fn, axis_name, in_axes=(None, 0), devices=chosen))(state, batch)
 
-    def export(fn: StepFn, state: Any, batch: Any, carries_state: bool) -> Any:
-        raise ValueError("pmap's programs can't be exported; use sharded(make_mesh(data=-1)), which computes the same.")
+    def run_shards(fn: Callable, axes: tuple[str, ...], batch: Any) -> Callable:
+        def named(*args: Any) -> Any:
+            try:
+                return fn(*args)
+            except NameError as error:
+                if axis_name == AXIS_NAME or f"unbound axis name: {AXIS_NAME}" not in str(error):
+                    raise
+                raise LossError(
+                    f"The model reduces over the axis {AXIS_NAME!r}, but data_parallel(axis_name={axis_name!r}) binds "
+                    f"{axis_name!r}; give both one name."
+                ) from error
+
+        return named
 
     def prepare(fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> StepFn:
         run = mapped(fn, carries_state, compiler_options)
@@ -102,16 +114,20 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
         abstract_batch=abstract_batch,
         lower=lower,
         trace=trace,
-        export=export,
+        export=_export,
         prepare=prepare,
         manual_axes=lambda layout, accumulates: (axis_name,),
-        run_shards=lambda fn, axes, batch: fn,
+        run_shards=run_shards,
         constrain=lambda array, spec: array,
         keep_rows=lambda fn, layout, axes, batch: fn,
         example_dims=2,
     )
     name = f"data_parallel({count} devices, axis_name={axis_name!r})"
     return Strategy(name, mesh, axis_name, count, (), lambda path: False, engine)
+
+
+def _export(fn: StepFn, state: Any, batch: Any, carries_state: bool) -> Any:
+    raise ValueError("pmap's programs can't be exported; use sharded(make_mesh(data=-1)), which computes the same.")
 
 
 def _watch_drift(run: StepFn, devices: Sequence[jax.Device], axis_name: str) -> StepFn:

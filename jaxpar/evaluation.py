@@ -135,7 +135,7 @@ def make_eval_step(
             fraction = 1 / math.prod(jax.lax.axis_size(axis) for axis in axes)
             values, _ = strategy.engine.keep_rows(
                 lambda: sum_values(
-                    call, batch, state.model_state, fraction=fraction, is_shared=strategy.shared, keep_rows=True
+                    call, batch, state.model_state, fraction=fraction, is_shared=strategy.shared, keep_examples=True
                 ),
                 layout,
                 axes,

@@ -11,7 +11,7 @@ from flax import struct
 
 from jaxpar.batch import EXAMPLE_WEIGHT, BatchError, count_rows, match_path
 from jaxpar.dependence import reads
-from jaxpar.mesh import ROW_AXIS
+from jaxpar.mesh import AXIS_NAME, ROW_AXIS
 from jaxpar.state import StateError, Static, build_model, is_key, named_leaves, read_model_state
 
 Values = Any
@@ -142,7 +142,7 @@ def sum_values(
     *,
     fraction: float,
     is_shared: Callable[[str], bool],
-    keep_rows: bool = False,
+    keep_examples: bool = False,
 ) -> tuple[Values, Any]:
     """Returns each value that `call` gives as its part of a sum over the whole batch, and the model's state after it.
 
@@ -152,7 +152,7 @@ def sum_values(
       model_state: the state before it: with padding in the batch it must not change.
       fraction: what part of the whole batch these rows are.
       is_shared: tells from a batch leaf's path whether it has no rows.
-      keep_rows: whether values of one an example are returned as they are, not summed.
+      keep_examples: whether values of one an example are returned as they are, not summed.
 
     Returns:
       The pytree with a `Weighted` for each value. Where examples weigh alike, its total is a part of the mean and its
@@ -169,7 +169,7 @@ def sum_values(
             values = _call_by_row(call, batch, rows, is_shared)
     check_values(values, rows)
     return jax.tree.map(
-        lambda value: _sum_value(value, weight, rows, fraction, keep_rows), values, is_leaf=_is_weighted
+        lambda value: _sum_value(value, weight, rows, fraction, keep_examples), values, is_leaf=_is_weighted
     ), after
 
 
@@ -227,12 +227,12 @@ def _call(fn: Callable[..., Any], model: Any, batch: Any, rng: jax.Array) -> Any
         return fn(model, batch, rng)
     except NameError as error:
         named = re.search(r"unbound axis name: (\w+)", str(error))
-        # `data` alone is bound once a model turns out to need it.
-        if named is None or named[1] == "data":
+        # That one is bound once a model turns out to need it; under pmap its engine tells of it.
+        if named is None or named[1] == AXIS_NAME:
             raise
         raise LossError(
-            f"The model reduces over the axis {named[1]!r}; a step binds the name 'data', as for "
-            f"BatchNorm(axis_name='data'), or under pmap the one given, data_parallel(axis_name={named[1]!r})."
+            f"The model reduces over the axis {named[1]!r}; a step binds the name {AXIS_NAME!r}, as for "
+            f"BatchNorm(axis_name={AXIS_NAME!r}), or under pmap the one given, data_parallel(axis_name={named[1]!r})."
         ) from error
 
 
@@ -314,7 +314,7 @@ def _one_row(value: Any) -> Any:
     return value[0] if _is_per_example(value, 1) else value
 
 
-def _sum_value(value: Any, weight: jax.Array | None, rows: int, fraction: float, keep_rows: bool) -> Any:
+def _sum_value(value: Any, weight: jax.Array | None, rows: int, fraction: float, keep_examples: bool) -> Any:
     if isinstance(value, Weighted):
         total, mass = jnp.asarray(value.total), jnp.asarray(value.weight)
         if weight is not None:
@@ -322,7 +322,7 @@ def _sum_value(value: Any, weight: jax.Array | None, rows: int, fraction: float,
         return Weighted(grow(total).sum() * (fraction / rows), grow(mass).sum() * (fraction / rows))
     value = jnp.asarray(value)
     per_example = _is_per_example(value, rows)
-    if per_example and keep_rows:
+    if per_example and keep_examples:
         return value
     value = grow(value)
     if weight is None:

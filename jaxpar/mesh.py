@@ -20,6 +20,8 @@ BATCH_AXES = ("data", "fsdp", "expert")
 _ALSO_CALLED = {"batch": "data", "dp": "data", "ddp": "data", "replica": "data", "zero": "fsdp", "pipeline": "stage"}
 _ALSO_CALLED |= {"pp": "stage", "ep": "expert", "sequence": "context", "cp": "context", "sp": "context"}
 _ALSO_CALLED |= {"tensor": "model", "tp": "model", "mp": "model"}
+# What a model may reduce over in every view, as BatchNorm does.
+AXIS_NAME = "data"
 # What `jax.vmap` calls the rows of a padded batch, where the model sees one after the other.
 ROW_AXIS = "jaxpar_row"
 # Over which a batch for pmap lies: no strategy takes it for rows of its own.

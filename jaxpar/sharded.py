@@ -14,13 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpar.batch import BatchError, match_path
 from jaxpar.carries import split_carries
 from jaxpar.layout import Layout
-from jaxpar.mesh import BATCH_AXES, check_mesh, count_shards
+from jaxpar.mesh import AXIS_NAME, BATCH_AXES, check_mesh, count_shards
 from jaxpar.partition import Leaf, Rules, Whole, axes_of, check_rules, match_leaf
 from jaxpar.state import TrainState, is_key, named_leaves
 from jaxpar.step import DriftError, Engine, StepFn, looks_for_nans
 from jaxpar.strategy import Strategy
-
-AXIS_NAME = "data"
 
 
 def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
@@ -60,11 +58,11 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
     def batch_shardings(batch: Any) -> Any:
         scale = strategy.data_shard()[1]
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: NamedSharding(mesh, batch_spec(match_path(path), _global_shape(path, leaf, scale))),
+            lambda path, leaf: NamedSharding(mesh, batch_spec(match_path(path), global_shape(path, leaf, scale))),
             batch,
         )
 
-    def _global_shape(path: tuple, leaf: Any, scale: int) -> tuple[int, ...]:
+    def global_shape(path: tuple, leaf: Any, scale: int) -> tuple[int, ...]:
         if scale == 1 or not leaf.shape or is_shared(match_path(path)):
             return tuple(leaf.shape)
         return (leaf.shape[0] * scale, *leaf.shape[1:])
@@ -75,7 +73,7 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         scale = strategy.data_shard()[1]
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf, sharding: jax.make_array_from_process_local_data(
-                sharding, leaf, _global_shape(path, leaf, scale)
+                sharding, leaf, global_shape(path, leaf, scale)
             ),
             batch,
             batch_shardings(batch),
@@ -85,21 +83,11 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         scale = strategy.data_shard()[1]
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf, sharding: jax.ShapeDtypeStruct(
-                _global_shape(path, leaf, scale), leaf.dtype, sharding=sharding
+                global_shape(path, leaf, scale), leaf.dtype, sharding=sharding
             ),
             batch,
             batch_shardings(batch),
         )
-
-    def manual_axes(layout: Layout, accumulates: bool) -> tuple[str, ...]:
-        splits = _split_axes(layout)
-        # An axis that splits parameters stays the compiler's: made manual, it would gather every weight whole at entry.
-        # So do fsdp and expert even where they split none: a model's own reductions name the data axis alone.
-        is_manual = accumulates and mesh.shape.get(AXIS_NAME, 1) > 1 and AXIS_NAME not in splits
-        # Nor is data manual beside fsdp and one of stage and model: there XLA's partitioner (jax 0.10 to 0.12) ends the
-        # process over gathers, from an embedding or of each label's logit.
-        would_abort = "fsdp" in splits and {"stage", "model"} & {axis for axis, size in mesh.shape.items() if size > 1}
-        return (AXIS_NAME,) if is_manual and not would_abort else ()
 
     def run_shards(fn: Callable, axes: tuple[str, ...], batch: Any) -> Callable:
         inner = fn if AXIS_NAME in axes else _bind_axis_name(fn)
@@ -118,10 +106,6 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
             check_vma=False,
         )
 
-    def constrain(array: Any, spec: PartitionSpec) -> Any:
-        # A spec alone, for the mesh that is set: a sharding of `mesh` doesn't know which axes are manual here.
-        return jax.lax.with_sharding_constraint(array, spec)
-
     def keep_rows(fn: Callable[[], Any], layout: Layout, axes: tuple[str, ...], batch: Any) -> Callable[[], Any]:
         named = [(match_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(batch)]
         path, leaf = next((path, leaf) for path, leaf in named if leaf.ndim and not is_shared(path))
@@ -132,7 +116,7 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
             return fn
 
         def constrain_rows(array: jax.Array) -> jax.Array:
-            return constrain(array, PartitionSpec(entry, *[PartitionSpec.UNCONSTRAINED] * (array.ndim - 1)))
+            return _constrain(array, PartitionSpec(entry, *[PartitionSpec.UNCONSTRAINED] * (array.ndim - 1)))
 
         return split_carries(fn, leaf.shape[0], constrain_rows)
 
@@ -144,9 +128,9 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         trace=functools.partial(_trace, mesh),
         export=functools.partial(_export, mesh),
         prepare=functools.partial(_prepare, mesh),
-        manual_axes=manual_axes,
+        manual_axes=functools.partial(_manual_axes, mesh),
         run_shards=run_shards,
-        constrain=constrain,
+        constrain=_constrain,
         keep_rows=keep_rows,
     )
     name = f"sharded({dict(mesh.shape)}, {len(rules)} list{'s' * (len(rules) != 1)} of rules)"
@@ -170,6 +154,22 @@ def _split_batch(batch_axes: tuple[str, ...], leaf: Leaf, mesh: Mesh, so_far: Pa
             )
         entries[1] = "context"
     return PartitionSpec(*entries)
+
+
+def _manual_axes(mesh: Mesh, layout: Layout, accumulates: bool) -> tuple[str, ...]:
+    splits = _split_axes(layout)
+    # An axis that splits parameters stays the compiler's: made manual, it would gather every weight whole at entry.
+    # So do fsdp and expert even where they split none: a model's own reductions name the data axis alone.
+    is_manual = accumulates and mesh.shape.get(AXIS_NAME, 1) > 1 and AXIS_NAME not in splits
+    # Nor is data manual beside fsdp and one of stage and model: there XLA's partitioner (jax 0.10 to 0.12) ends the
+    # process over gathers, from an embedding or of each label's logit.
+    would_abort = "fsdp" in splits and {"stage", "model"} & {axis for axis, size in mesh.shape.items() if size > 1}
+    return (AXIS_NAME,) if is_manual and not would_abort else ()
+
+
+def _constrain(array: Any, spec: PartitionSpec) -> Any:
+    # A spec alone, for the mesh that is set: a sharding of `mesh` doesn't know which axes are manual here.
+    return jax.lax.with_sharding_constraint(array, spec)
 
 
 def _split_axes(layout: Layout) -> set[str]:

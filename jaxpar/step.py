@@ -11,15 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.tree_util import tree_flatten
 
-from jaxpar.arguments import (
-    check_arrays,
-    check_batch,
-    check_rows,
-    check_state,
-    check_untraced,
-    name_deleted,
-    not_placed,
-)
+from jaxpar.arguments import check_arrays, check_batch, check_rows, check_state, check_untraced, name_deleted
 from jaxpar.batch import BatchError, name_leaf
 from jaxpar.layout import Layout
 from jaxpar.stacklevel import warn_caller
@@ -120,7 +112,7 @@ class Step:
         self.carries_state, self.num_microbatches, self.compute_dtype = carries_state, num_microbatches, compute_dtype
         self.compiler_options = compiler_options
         self._runs: dict[Any, StepFn] = {}
-        self._last: tuple[Any, Any] = None, None
+        self._last: tuple[Any, Any] = (), None
         self._batches: dict[Any, Any] = {}
         self._state_shapes: dict[Any, Any] = {}
 
@@ -131,7 +123,8 @@ class Step:
         try:
             key = kind, treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
         except AttributeError:
-            raise not_placed(batch) from None
+            # What is no array was never prepared for, and is named there.
+            key = None
         # To compare with the last call's key costs half of what a look-up by hash does.
         last, run = self._last
         if key != last:
@@ -152,27 +145,26 @@ class Step:
 
     def lower(self, state: Any, batch: Any) -> Any:
         """Returns `jax.stages.Lowered` for a state and a raw global batch, arrays or shapes."""
-        batch = self.strategy.abstract_batch(batch)
-        check_state(self.strategy, state)
-        check_rows(self.strategy, batch, self.num_microbatches)
-        return self.strategy.engine.lower(self.fn, state, batch, self.carries_state, self.compiler_options)
+        return self.strategy.engine.lower(
+            self.fn, state, self._abstract(state, batch), self.carries_state, self.compiler_options
+        )
 
     def trace(self, state: Any, batch: Any) -> Any:
         """Returns the step's jaxpr for a state and a raw global batch, arrays or shapes: nothing is compiled."""
-        batch = self.strategy.abstract_batch(batch)
-        check_state(self.strategy, state)
-        check_rows(self.strategy, batch, self.num_microbatches)
-        return self.strategy.engine.trace(self.fn, state, batch)
+        return self.strategy.engine.trace(self.fn, state, self._abstract(state, batch))
 
     def export(self, state: Any, batch: Any) -> Any:
         """Returns `jax.export.Exported` for a state and a raw global batch: the program, to compile elsewhere.
 
         It takes two flat lists, the leaves of the state and of the batch, and gives two back.
         """
+        return self.strategy.engine.export(self.fn, state, self._abstract(state, batch), self.carries_state)
+
+    def _abstract(self, state: Any, batch: Any) -> Any:
         batch = self.strategy.abstract_batch(batch)
         check_state(self.strategy, state)
         check_rows(self.strategy, batch, self.num_microbatches)
-        return self.strategy.engine.export(self.fn, state, batch, self.carries_state)
+        return batch
 
     def _prepare(self, state: Any, batch: Any, key: Any) -> StepFn:
         check_is_state(state)
@@ -204,7 +196,7 @@ class Step:
                 RecompileWarning,
             )
         self._runs[key], self._batches[key[0]] = run, jax.tree.map(jax.typeof, batch)
-        self._state_shapes[key[0]] = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+        self._state_shapes[key[0]] = _shapes_of(state)
         return run
 
     def _explain(self, state: Any, batch: Any, shapes: Any) -> Exception | None:
@@ -215,13 +207,23 @@ class Step:
             check_state(self.strategy, state)
         except (BatchError, StateError) as named:
             return named
-        for (path, leaf), (shape, dtype) in zip(named_leaves(state), shapes, strict=True):
-            if (leaf.shape, leaf.dtype) != (shape, dtype):
+        now, other = _shapes_of(state), "make a step of its own for another model."
+        if now.keys() != shapes.keys():
+            return StateError(
+                f"The state's leaves are not those that the step was compiled for: they differ in "
+                f"{sorted(now.keys() ^ shapes.keys())[:4]}; {other}"
+            )
+        for path, (shape, dtype) in now.items():
+            if (shape, dtype) != shapes[path]:
+                was, was_of = shapes[path]
                 return StateError(
-                    f"State leaf {path!r} is {leaf.shape} {leaf.dtype}, but the step was compiled for {shape} {dtype}; "
-                    "make a step of its own for another model."
+                    f"State leaf {path!r} is {shape} {dtype}, but the step was compiled for {was} {was_of}; {other}"
                 )
         return None
+
+
+def _shapes_of(state: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    return {path: (leaf.shape, leaf.dtype) for path, leaf in named_leaves(state)}
 
 
 def _keep_state(fn: StepFn) -> StepFn:

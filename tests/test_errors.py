@@ -93,6 +93,15 @@ def start(strategy, make_state=None):
     return strategy.place(first_state()) if make_state is None else strategy.init(make_state, KEY)
 
 
+def step_on_two(first, second):
+    """One step, called with the states of two linen models under one optimizer."""
+    tx, strategy = optax.sgd(0.1), data()
+    sum_all = lambda model, batch, rng: (sum(leaf.sum() for leaf in jax.tree.leaves(model)), {})
+    step, batch = make_train_step(sum_all, strategy), strategy.shard_batch(BATCH)
+    for params in (first, second):
+        step(strategy.place(create({"params": params}, tx)), batch)
+
+
 def train(loss_fn=loss_fn, batch=BATCH, strategy=None, make_state=None, **options):
     strategy = strategy or data()
     return make_train_step(loss_fn, strategy, **options)(start(strategy, make_state), strategy.shard_batch(batch))
@@ -522,6 +531,21 @@ INIT_FN = (
     "shapes alone, strategy.abstract_state(init_fn)."
 )
 STATES = {
+    "another model's state, of other shapes": (
+        lambda: step_on_two({"a": np.ones(4, "float32")}, {"a": np.ones(5, "float32")}),
+        "State leaf 'params/a' is (5,) float32, but the step was compiled for (4,) float32; make a step of its own for "
+        "another model.",
+    ),
+    "another model's state, of more leaves": (
+        lambda: step_on_two({"a": np.ones(4, "float32")}, {"a": np.ones(4, "float32"), "b": np.ones(4, "float32")}),
+        "The state's leaves are not those that the step was compiled for: they differ in ['params/b']; make a step of "
+        "its own for another model.",
+    ),
+    "another model's state, of another leaf": (
+        lambda: step_on_two({"a": np.ones(4, "float32")}, {"c": np.ones(4, "float32")}),
+        "The state's leaves are not those that the step was compiled for: they differ in ['params/a', 'params/c']; "
+        "make a step of its own for another model.",
+    ),
     "an optimizer not made": (
         lambda: jaxpar.TrainState.create(linear(), optax.adam),
         "tx is a function; give an optax.GradientTransformation, as optax.adamw(3e-4).",
@@ -834,7 +858,7 @@ BATCHES = {
     ),
     "a batch that isn't placed": (
         lambda: make_train_step(loss_fn, data())(start(data()), BATCH),
-        ["Batch leaf ['x'] does not lie on the strategy's devices", "pass strategy.shard_batch(batch)"],
+        "Batch leaf ['x'] is a ndarray, not an array on the strategy's devices; pass strategy.shard_batch(batch).",
     ),
     "a batch of lists that isn't placed": (
         lambda: make_train_step(loss_fn, data())(start(data()), {"x": [1.0] * 8}),
@@ -846,7 +870,7 @@ BATCHES = {
     ),
     "a batch on fewer devices": (
         lambda: make_train_step(loss_fn, data())(start(data()), four_devices().shard_batch(BATCH)),
-        ["['x']", "strategy.shard_batch(batch)"],
+        ["['x'] of shape (16, 16) lies as P('data', None) on 4 devices", "on its 8; pass strategy.shard_batch(batch)."],
     ),
     "jit's batch under pmap": (
         lambda: make_train_step(loss_fn, pmap())(start(pmap()), data().shard_batch(BATCH)),
@@ -860,7 +884,8 @@ BATCHES = {
     ),
     "pmap's batch under jit": (
         lambda: make_train_step(loss_fn, data())(start(data()), pmap().shard_batch(BATCH)),
-        ["['x']", "strategy.shard_batch(batch)"],
+        "Batch leaf ['x'] of shape (8, 2, 16) lies as data_parallel places it, not as sharded({'data': 8}, 0 lists of "
+        "rules) places it on its 8; pass strategy.shard_batch(batch).",
     ),
     "a deleted leaf": (with_deleted_leaf, ["['x']", "deleted"]),
     "no batch to a step": (
@@ -952,6 +977,14 @@ BATCHES = {
 }
 
 LOSSES = {
+    "a reduction over data under pmap with another name": (
+        lambda: train(
+            lambda model, batch, rng: (jax.lax.pmean(model(batch["x"]).mean(), "data"), {}),
+            strategy=data_parallel(axis_name="batch"),
+        ),
+        "The model reduces over the axis 'data', but data_parallel(axis_name='batch') binds 'batch'; give both one "
+        "name.",
+    ),
     "nothing": (
         lambda: train(lambda model, batch, rng: None),
         "loss_fn returned a loss of type NoneType; give a scalar, one value an example, or jaxpar.Weighted(total, "
