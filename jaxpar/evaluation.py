@@ -168,6 +168,7 @@ def evaluate(eval_step: EvalStep, state: TrainState, batches: Iterable[Any]) -> 
       batches: raw batches, as `shard_batch` takes them; each process gives its own rows.
 
     Raises:
+      TypeError: `eval_step` is no eval step.
       BatchError: there is no batch, or one can't be used.
 
     >>> import jaxpar, optax

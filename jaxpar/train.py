@@ -35,9 +35,9 @@ def make_train_step(
     """Returns `train_step(state, batch) -> (state, metrics)`, which computes the same under every strategy.
 
     The loss and its gradient are Σ total / Σ weight over all shards and microbatches; gradients are summed once a step
-    over each batch axis that splits no parameter, but not over `data` beside `fsdp` and `stage` or `model` (README.md's
-    limits tell why). A step whose total weight is 0, or whose float16 gradients are not
-    finite, changes nothing but the step's number, and counts 1 in the metric `skipped`.
+    over each batch axis that splits no parameter, but not over `data` beside `fsdp` and `stage` or `model`, where XLA
+    would end the process. A step whose total weight is 0, or whose float16 gradients are not finite, changes nothing
+    but the step's number, and counts 1 in the metric `skipped`.
 
     Args:
       loss_fn: `loss_fn(model, batch, rng)` gives `(loss, metrics)`. The model is a live nnx module, or the linen
