@@ -20,7 +20,8 @@ _SIZES_GIVEN = dict.fromkeys(DEMO_SIZES, argparse.SUPPRESS)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code of `jaxpar` run with the arguments, by default those of the process.
 
-    0: all is well; 1: it was not (a loss that is no number, a violated pin); 2: bad arguments, or none; 130: interrupted.
+    0: all is well; 1: it was not (a loss that is no number, a violated pin); 2: bad arguments, or none; 130:
+    interrupted.
 
     >>> main(["doctor"])
     Python ...

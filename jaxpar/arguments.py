@@ -1,5 +1,6 @@
 """What is checked of the state and the batch that a step is given, before any compile."""
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -96,18 +97,36 @@ def check_rows(strategy: "Strategy", batch: Any, num_microbatches: int) -> None:
         )
 
 
-def name_deleted(state: Any, batch: Any) -> ValueError | TypeError:
-    """Returns an error that names the leaf whose memory is gone."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+def check_alive(state: Any, *, is_donated: bool) -> None:
+    """Raises StateError, with the paths, for a leaf of the state that is gone, or there twice where it is donated."""
+    leaves = jax.tree.leaves(state)
+    with contextlib.suppress(AttributeError):
+        is_twice = is_donated and len(set(map(id, leaves))) < len(leaves)
+        if not is_twice and True not in [leaf.is_deleted() for leaf in leaves]:
+            return
+    seen: dict[int, str] = {}
+    for path, leaf in named_leaves(state):
+        if not isinstance(leaf, jax.Array):
+            continue
         if leaf.is_deleted():
-            return BatchError(
+            raise StateError(
+                f"State leaf {path!r} is gone: an earlier call of a step took over the memory of its state; use the "
+                "state that the call returned, or strategy.place(state) for a copy beforehand."
+            )
+        if seen.setdefault(id(leaf), path) != path and is_donated:
+            raise StateError(
+                f"State leaves {seen[id(leaf)]!r} and {path!r} are one array, whose memory a step can take over once; "
+                "give each its own, as strategy.place(state) does."
+            )
+
+
+def check_batch_alive(batch: Any) -> None:
+    """Raises BatchError, which names it, for a leaf of the batch that is gone."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise BatchError(
                 f"Batch leaf {name_leaf(path)} was deleted; place it again with strategy.shard_batch(batch)."
             )
-    path = next(path for path, leaf in named_leaves(state) if leaf.is_deleted())
-    return StateError(
-        f"State leaf {path!r} is gone: an earlier call of a step took over the memory of its state; use the state that "
-        "the call returned, or strategy.place(state) for a copy beforehand."
-    )
 
 
 def _global_rows(strategy: "Strategy", batch: Any) -> int:

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +263,23 @@ def _prepare(mesh: Mesh, fn: StepFn, state: Any, batch: Any, carries_state: bool
     return _watch_counts(run) if any(_is_count(path, leaf) for path, leaf in named_leaves(state)) else run
 
 
+class _Kept(NamedTuple):
+    """What of a `TrainState` a program takes over."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    model_state: Any
+    dynamic_scale: Any
+
+
+class _Given(NamedTuple):
+    """What a program is given beside."""
+
+    rng: Any
+    batch: Any
+
+
 def _keep_key(compiled: Callable[..., StepFn], fn: StepFn, state: TrainState, batch: Any) -> StepFn:
     """The compiled step of a `TrainState`, whose key is no result of the program where it stays as it was.
 
@@ -270,25 +287,32 @@ def _keep_key(compiled: Callable[..., StepFn], fn: StepFn, state: TrainState, ba
     runs nothing, has the key among the results.
     """
     static, sharding = state.static, state.rng.sharding
+    known = None
 
-    def without_key(state: TrainState) -> tuple:
-        return state.step, state.params, state.opt_state, state.model_state, state.dynamic_scale
+    def without_key(state: TrainState) -> _Kept:
+        return _Kept(state.step, state.params, state.opt_state, state.model_state, state.dynamic_scale)
 
-    def with_key(parts: tuple, rng: jax.Array) -> TrainState:
-        step, params, opt_state, model_state, dynamic_scale = parts
+    def with_key(kept: _Kept, rng: jax.Array) -> TrainState:
+        step, params, opt_state, model_state, dynamic_scale = kept
         return TrainState(step, params, opt_state, model_state, rng, dynamic_scale, static)
 
-    def keeping(parts: tuple, rest: tuple) -> tuple:
-        rng, batch = rest
-        after, out = fn(with_key(parts, rng), batch)
-        changed = None if after.rng is rng else jax.lax.with_sharding_constraint(after.rng, sharding)
+    @functools.wraps(fn)
+    def keeping(state: _Kept, given: _Given) -> tuple:
+        after, out = fn(with_key(state, given.rng), given.batch)
+        changed = None if after.rng is given.rng else jax.lax.with_sharding_constraint(after.rng, sharding)
         return without_key(after), (changed, out)
 
-    run = compiled(keeping, without_key(state), (state.rng, batch))
+    run = compiled(keeping, without_key(state), _Given(state.rng, batch))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        parts, (changed, out) = run(without_key(state), (state.rng, batch))
-        return with_key(parts, state.rng if changed is None else changed), out
+        nonlocal known
+        rng = state.rng
+        # One that was put into the state since lies where it was made.
+        if rng is not known and not rng.sharding.is_equivalent_to(sharding, rng.ndim):
+            rng = jax.device_put(rng, sharding)
+        kept, (changed, out) = run(without_key(state), _Given(rng, batch))
+        known = rng if changed is None else changed
+        return with_key(kept, known), out
 
     return step
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +12,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.tree_util import tree_flatten
 
-from jaxpar.arguments import check_arrays, check_batch, check_rows, check_state, check_untraced, name_deleted
+from jaxpar.arguments import (
+    check_alive,
+    check_arrays,
+    check_batch,
+    check_batch_alive,
+    check_rows,
+    check_state,
+    check_untraced,
+)
 from jaxpar.batch import BatchError, name_leaf
 from jaxpar.layout import Layout
 from jaxpar.stacklevel import warn_caller
@@ -113,6 +122,7 @@ class Step:
         self.compiler_options = compiler_options
         self._runs: dict[Any, StepFn] = {}
         self._last: tuple[Any, Any] = (), None
+        self._whole: Callable[[], Any] = lambda: None
         self._batches: dict[Any, Any] = {}
         self._state_shapes: dict[Any, Any] = {}
 
@@ -133,10 +143,16 @@ class Step:
                 run = self._prepare(state, batch, key)
             self._last = key, run
         try:
-            # JAX 0.10 crashes the process when a compiled step is given a buffer that is gone, so look before.
-            if probe.is_deleted() or True in [leaf.is_deleted() for leaf in leaves]:
-                raise name_deleted(state, batch)
-            return run(state, batch)
+            # JAX 0.10 crashes the process when a compiled step is given a buffer that is gone, or one twice, so look
+            # before; through all of a state only where it isn't the very one that this step gave back.
+            if state is not self._whole() or probe.is_deleted():
+                check_alive(state, is_donated=self.carries_state)
+            if True in [leaf.is_deleted() for leaf in leaves]:
+                check_batch_alive(batch)
+            result = run(state, batch)
+            if type(state) is TrainState:
+                self._whole = weakref.ref(result[0] if self.carries_state else state)
+            return result
         except Exception as error:
             named = _name_nan(error) or self._explain(state, batch, self._state_shapes[kind])
             if named is None:

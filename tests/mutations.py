@@ -408,6 +408,13 @@ MUTATIONS = [
         "tests/test_strategy.py::test_a_new_key_lies_as_the_old_one_did",
     ),
     Mutation(
+        "a key put into the state left where it was made",
+        "sharded.py",
+        "rng = jax.device_put(rng, sharding)",
+        "pass",
+        "tests/test_strategy.py::test_a_key_put_into_the_state_is_laid_out_by_the_next_step[data]",
+    ),
+    Mutation(
         "the state's layout after a step left to the compiler",
         "sharded.py",
         "out_shardings=(state_shardings, None) if carries_state else None,",

@@ -93,6 +93,18 @@ def start(strategy, make_state=None):
     return strategy.place(first_state()) if make_state is None else strategy.init(make_state, KEY)
 
 
+def adam_state(rng):
+    return create(linear(16, 1), optax.adam(0.1))
+
+
+def put_back(step, name, other=None, make_state=None):
+    """A part of a state from before a step, put into the one after it."""
+    batch, before = step.strategy.shard_batch(BATCH), start(step.strategy, make_state)
+    part = getattr(before, name)
+    after, _ = step(before, batch)
+    (other or step)(after.replace(**{name: part}), batch)
+
+
 def step_on_two(first, second):
     """One step, called with the states of two linen models under one optimizer."""
     tx, strategy = optax.sgd(0.1), data()
@@ -531,6 +543,36 @@ INIT_FN = (
     "shapes alone, strategy.abstract_state(init_fn)."
 )
 STATES = {
+    "parameters that an earlier step took over": (
+        lambda: put_back(make_train_step(loss_fn, data()), "params"),
+        "State leaf 'params/bias' is gone: an earlier call of a step took over the memory of its state; use the state "
+        "that the call returned, or strategy.place(state) for a copy beforehand.",
+    ),
+    "parameters that an earlier step took over, under pmap": (
+        lambda: put_back(make_train_step(loss_fn, pmap()), "params"),
+        "State leaf 'params/bias' is gone: an earlier call",
+    ),
+    "parameters that an earlier step took over, to evaluate": (
+        lambda: put_back(make_train_step(loss_fn, data()), "params", make_eval_step(loss_fn, data())),
+        "State leaf 'params/bias' is gone: an earlier call",
+    ),
+    "moments that an earlier step took over": (
+        lambda: put_back(make_train_step(loss_fn, data()), "opt_state", make_state=adam_state),
+        "State leaf 'opt_state/0/count' is gone: an earlier call",
+    ),
+    "a teacher that is the parameters themselves": (
+        lambda: data().compile(lambda states, batch: (states, {}))(
+            {"student": (state := start(data())), "teacher": state.params}, data().shard_batch(BATCH)
+        ),
+        "State leaves 'student/params/bias' and 'teacher/bias' are one array, whose memory a step can take over once; "
+        "give each its own, as strategy.place(state) does.",
+    ),
+    "a teacher that is the parameters themselves, under pmap": (
+        lambda: pmap().compile(lambda states, batch: (states, {}))(
+            {"student": (state := start(pmap())), "teacher": state.params}, pmap().shard_batch(BATCH)
+        ),
+        "State leaves 'student/params/bias' and 'teacher/bias' are one array",
+    ),
     "another model's state, of other shapes": (
         lambda: step_on_two({"a": np.ones(4, "float32")}, {"a": np.ones(5, "float32")}),
         "State leaf 'params/a' is (5,) float32, but the step was compiled for (4,) float32; make a step of its own for "

@@ -361,6 +361,17 @@ def test_a_new_key_lies_as_the_old_one_did():
     assert state.rng.sharding.is_fully_replicated
 
 
+@pytest.mark.devices(8)
+@every_strategy
+def test_a_key_put_into_the_state_is_laid_out_by_the_next_step(kind):
+    strategy = STRATEGIES[kind]()
+    step, batch = jaxpar.make_train_step(loss_fn, strategy), strategy.shard_batch(BATCH)
+    state, _ = step(start(strategy), batch)
+    state, _ = step(state.replace(rng=jax.random.key(5)), batch)
+    assert len(state.rng.sharding.device_set) == 8
+    assert jax.random.key_data(state.rng).tolist() == jax.random.key_data(jax.random.key(5)).tolist()
+
+
 # lower: before anything exists
 
 
