@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from jaxpar.batch import BatchError, match_path, name_leaf
-from jaxpar.mesh import STACK_AXIS
+from jaxpar.mesh import is_stacked
 from jaxpar.state import StateError, TrainState, check_is_state, named_leaves, split_params
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def check_batch(strategy: "Strategy", batch: Any) -> None:
                 "pass strategy.shard_batch(batch)."
             )
         # As it lies for pmap, (shards, rows of one, ...), a leaf would pass for one of as many rows as shards.
-        is_stacked = getattr(leaf.sharding, "mesh", strategy.mesh).axis_names == (STACK_AXIS,)
+        stacked = is_stacked(leaf)
         sharding = NamedSharding(strategy.mesh, strategy.engine.batch_spec(match_path(path), leaf.shape))
         lies_so = leaf.sharding.device_set == mesh_devices and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-        if not lies_so or is_stacked != (strategy.engine.example_dims == 2):
+        if not lies_so or stacked != (strategy.engine.example_dims == 2):
             spec = getattr(leaf.sharding, "spec", leaf.sharding)
-            given = "data_parallel places it" if is_stacked else f"{spec} on {len(leaf.sharding.device_set)} devices"
+            given = "data_parallel places it" if stacked else f"{spec} on {len(leaf.sharding.device_set)} devices"
             raise BatchError(
                 f"Batch leaf {name_leaf(path)} of shape {leaf.shape} lies as {given}, not as {strategy.name} places it "
                 f"on its {len(mesh_devices)}; pass strategy.shard_batch(batch)."

@@ -279,6 +279,12 @@ def check_values(values: Values, rows: int) -> None:
                 f"{name!r} is Weighted with a total of shape {shapes[0]} and a weight of shape {shapes[1]}; both "
                 "need the same."
             )
+        # A loss alone: outputs, as logits, may well have as many classes as there are rows.
+        if name == "loss" and len(parts) == 1 and shapes[0][:2] == (rows, rows) and rows > 1:
+            raise LossError(
+                f"{name!r} has shape {shapes[0]} for {rows} examples: each against every other, as ({rows}, 1) - "
+                f"({rows},) broadcasts. Give one value an example; .mean(axis=1) if it is meant so."
+            )
         if len(parts) == 1 and shapes[0] and shapes[0][0] != rows:
             raise LossError(
                 f"{name!r} has shape {shapes[0]}, neither a scalar nor one value an example ({rows} here); reduce "

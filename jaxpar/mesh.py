@@ -147,6 +147,11 @@ def check_is_here(mesh: Mesh) -> None:
         )
 
 
+def is_stacked(array: Any) -> bool:
+    """Returns whether an array lies as a batch for pmap: (shards, rows of one, ...)."""
+    return getattr(getattr(getattr(array, "sharding", None), "mesh", None), "axis_names", ()) == (STACK_AXIS,)
+
+
 def check_mesh(mesh: Mesh) -> None:
     """Raises MeshError unless `mesh`, perhaps made by hand, has known axes in the fixed order, all of type Auto.
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpar.batch import BatchError, match_path
+from jaxpar.batch import BatchError, match_path, name_leaf
 from jaxpar.carries import split_carries
 from jaxpar.layout import Layout
 from jaxpar.mesh import AXIS_NAME, BATCH_AXES, check_mesh, count_shards
@@ -97,6 +97,18 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         specs = jax.tree_util.tree_map_with_path(
             lambda path, leaf: _only(batch_spec(match_path(path), leaf.shape), axes), batch
         )
+        rows = {
+            name_leaf(path): spec[0]
+            for (path, spec), leaf in zip(
+                jax.tree_util.tree_leaves_with_path(specs), jax.tree.leaves(batch), strict=True
+            )
+            if leaf.ndim and not is_shared(match_path(path))
+        }
+        if len(set(rows.values())) > 1:
+            raise BatchError(
+                f"The batch rules split the rows over {axes} for some leaves alone, as {rows} tells; a step that cuts "
+                "the batch into parts needs all split alike."
+            )
         return jax.shard_map(
             inner,
             mesh=mesh,
@@ -110,7 +122,7 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         named = [(match_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(batch)]
         path, leaf = next((path, leaf) for path, leaf in named if leaf.ndim and not is_shared(path))
         # A microbatch's rows need not divide by the manual axes too.
-        spec = batch_spec(path, (strategy.num_shards, *leaf.shape[1:]))
+        spec = batch_spec(path, (mesh.size, *leaf.shape[1:]))
         entry = tuple(axis for axis in axes_of(PartitionSpec(spec[0])) if axis not in axes)
         if not set(entry) & _split_axes(layout):
             return fn
@@ -134,7 +146,9 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         keep_rows=keep_rows,
     )
     name = f"sharded({dict(mesh.shape)}, {len(rules)} list{'s' * (len(rules) != 1)} of rules)"
-    strategy = Strategy(name, mesh, AXIS_NAME, count_shards(mesh, batch_axes), rules, is_shared, engine)
+    entry = batch_spec("", (mesh.size,))
+    num_shards = count_shards(mesh, axes_of(entry))
+    strategy = Strategy(name, mesh, AXIS_NAME, num_shards, rules, is_shared, engine)
     return strategy
 
 

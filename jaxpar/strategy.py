@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpar.batch import BatchError, check_weight, count_rows, match_path, name_leaf, read_batch
 from jaxpar.initialisers import find_makers
 from jaxpar.layout import Layout, layout_state
-from jaxpar.mesh import check_is_here, is_target
+from jaxpar.mesh import check_is_here, is_stacked, is_target
 from jaxpar.partition import Rules
 from jaxpar.state import StateError, TrainState, as_key, check_is_state, leaf_path, named_leaves
 from jaxpar.step import Engine, Step, StepFn
@@ -177,7 +177,7 @@ class Strategy:
         """
         if is_target(self.mesh):
             return 0, 1
-        return process_part(self.mesh, jax.process_index(), self.engine.batch_spec("", (self.num_shards,)))
+        return process_part(self.mesh, jax.process_index(), self.engine.batch_spec("", (self.mesh.size,)))
 
     def compile(self, step: StepFn, *, compiler_options: dict[str, Any] | None = None) -> "Step":
         """Returns a step of your own, `(state, batch) -> (state, out)`, compiled for these devices.
@@ -220,6 +220,12 @@ class Strategy:
 
     def _checked(self, batch: Any) -> Any:
         batch = read_batch(batch)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+            if is_stacked(leaf):
+                raise BatchError(
+                    f"Batch leaf {name_leaf(path)} of shape {leaf.shape} lies as data_parallel places it already, in "
+                    f"{leaf.shape[0]} parts; give the raw batch."
+                )
         rows = count_rows(batch, self.shared)
         check_weight(batch, rows)
         parts = self.num_shards // self.data_shard()[1]

@@ -16,7 +16,7 @@ from jaxpar.batch import match_path
 from jaxpar.integers import is_integer
 from jaxpar.layout import Layout
 from jaxpar.loss import LossError, Weighted, call_model, grow, mean_value, read_loss, sum_values
-from jaxpar.state import StateError, Static, TrainState, join_params, leaf_path, split_params
+from jaxpar.state import StateError, Static, TrainState, is_key, join_params, leaf_path, split_params
 from jaxpar.step import Step
 from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, check_takes, param_specs
 
@@ -231,7 +231,13 @@ def _update(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, jax.A
     metrics["grad_norm"] = optax.tree.norm(jax.tree.map(grow, gradients))
     gradients = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradients, trained)
     extra = {"value": metrics["loss"]} if _takes_value(state.static.tx) else {}
-    updates, opt_state = state.static.tx.update(gradients, state.opt_state, trained, **extra)
+    try:
+        updates, opt_state = state.static.tx.update(gradients, state.opt_state, trained, **extra)
+    except (TypeError, AttributeError) as error:
+        raise StateError(
+            f"The optimizer can't be used: its update raised {type(error).__name__}: {error}. A step calls "
+            "tx.update(gradients, opt_state, params), with value= for one that takes the loss."
+        ) from error
     after = (optax.apply_updates(trained, updates), opt_state, sums.model_state)
     if take is not None:
         before = (trained, state.opt_state, state.model_state)
@@ -265,6 +271,9 @@ def _next_scale(dynamic_scale: DynamicScale, finite: jax.Array) -> DynamicScale:
 def _check_state(state: Any, compute_dtype: Any) -> None:
     if not isinstance(state, TrainState):
         raise StateError(f"The state is a {type(state).__name__}; the train step takes a jaxpar.TrainState.")
+    if not is_key(state.rng) or state.rng.ndim:
+        given = f"of shape {state.rng.shape}" if is_key(state.rng) else f"a {type(state.rng).__name__}"
+        raise StateError(f"The state's rng is {given}; the train step folds one typed key, as jax.random.key(0).")
     if compute_dtype is not None and jnp.dtype(compute_dtype) == jnp.float16 and state.dynamic_scale is None:
         raise StateError(
             "compute_dtype is float16, but the state has no dynamic_scale: its gradients would underflow. Create "

@@ -396,7 +396,7 @@ MUTATIONS = [
     Mutation(
         "a step's own new key dropped",
         "sharded.py",
-        "changed = None if after.rng is rng else jax.lax.with_sharding_constraint(after.rng, sharding)",
+        "changed = None if after.rng is given.rng else jax.lax.with_sharding_constraint(after.rng, sharding)",
         "changed = None",
         "tests/test_strategy.py::test_a_step_of_ones_own_may_give_back_a_key_of_its_own[data]",
     ),

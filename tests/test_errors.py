@@ -543,6 +543,30 @@ INIT_FN = (
     "shapes alone, strategy.abstract_state(init_fn)."
 )
 STATES = {
+    "no key": (
+        lambda: make_train_step(loss_fn, data())(start(data()).replace(rng=None), data().shard_batch(BATCH)),
+        "The state's rng is a NoneType; the train step folds one typed key, as jax.random.key(0).",
+    ),
+    "many keys": (
+        lambda: make_train_step(loss_fn, data())(
+            data().place(start(data()).replace(rng=jax.random.split(KEY, 3))), data().shard_batch(BATCH)
+        ),
+        "The state's rng is of shape (3,); the train step folds one typed key, as jax.random.key(0).",
+    ),
+    "an optimizer that searches along a line": (
+        lambda: train(make_state=lambda rng: create(linear(16, 1), optax.lbfgs())),
+        [
+            "The optimizer can't be used: its update raised TypeError: ",
+            "'value_fn'. A step calls tx.update(gradients, ",
+        ],
+    ),
+    "an optimizer of other parameters": (
+        lambda: train(make_state=lambda rng: create(linear(16, 1), optax.lookahead(optax.sgd(0.1), 5, 0.5))),
+        [
+            "The optimizer can't be used: its update raised AttributeError: ",
+            "A step calls tx.update(gradients, opt_state",
+        ],
+    ),
     "parameters that an earlier step took over": (
         lambda: put_back(make_train_step(loss_fn, data()), "params"),
         "State leaf 'params/bias' is gone: an earlier call of a step took over the memory of its state; use the state "
@@ -827,6 +851,16 @@ BATCHES = {
         lambda: make_train_step(loss_fn, data(), num_microbatches=3).lower(data().abstract_state(init_fn), BATCH),
         ["16 examples", "8 shards x 3 microbatches = 24"],
     ),
+    "rows split unlike one another, with microbatches": (
+        lambda: train(
+            strategy=sharded(
+                make_mesh(data=4, model=2), [("kernel", P("model")), (".*", P())], batch_rules=[("y", P("model"))]
+            ),
+            num_microbatches=2,
+        ),
+        "The batch rules split the rows over ('data',) for some leaves alone, as {\"['x']\": 'data', \"['y']\": None} "
+        "tells; a step that cuts the batch into parts needs all split alike.",
+    ),
     "leaves that differ in their rows": (
         lambda: data().shard_batch({"x": np.ones((8, 3)), "y": np.ones(16)}),
         "Batch leaf ['y'] has 16 examples, but ['x'] has 8; all need the same first dim, or, for one without rows, "
@@ -929,6 +963,14 @@ BATCHES = {
         "Batch leaf ['x'] of shape (8, 2, 16) lies as data_parallel places it, not as sharded({'data': 8}, 0 lists of "
         "rules) places it on its 8; pass strategy.shard_batch(batch).",
     ),
+    "pmap's batch to place again": (
+        lambda: pmap().shard_batch(pmap().shard_batch(BATCH)),
+        "Batch leaf ['x'] of shape (8, 2, 16) lies as data_parallel places it already, in 8 parts; give the raw batch.",
+    ),
+    "pmap's batch to evaluate": (
+        lambda: jaxpar.evaluate(make_eval_step(loss_fn, pmap()), start(pmap()), [pmap().shard_batch(BATCH)]),
+        "Batch leaf ['x'] of shape (8, 2, 16) lies as data_parallel places it already, in 8 parts; give the raw batch.",
+    ),
     "a deleted leaf": (with_deleted_leaf, ["['x']", "deleted"]),
     "no batch to a step": (
         lambda: make_train_step(loss_fn, data())(start(data()), None),
@@ -1019,6 +1061,11 @@ BATCHES = {
 }
 
 LOSSES = {
+    "examples against one another": (
+        lambda: train(lambda model, batch, rng: ((model(batch["x"])[:, :1] - batch["y"]) ** 2, {})),
+        "'loss' has shape (16, 16) for 16 examples: each against every other, as (16, 1) - (16,) broadcasts. Give one "
+        "value an example; .mean(axis=1) if it is meant so.",
+    ),
     "a reduction over data under pmap with another name": (
         lambda: train(
             lambda model, batch, rng: (jax.lax.pmean(model(batch["x"]).mean(), "data"), {}),

@@ -255,6 +255,20 @@ def test_one_process_loads_everything(kind):
     assert STRATEGIES[kind]().data_shard() == (0, 1)
 
 
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_batch_rules_may_split_the_rows_over_more_axes(num_microbatches):
+    mesh = jaxpar.make_mesh(data=4, model=2)
+    wide = jaxpar.sharded(mesh, jaxpar.MEGATRON, batch_rules=[(".*", P(("data", "model")))])
+    assert wide.num_shards == 8
+    losses = []
+    for strategy in (jaxpar.sharded(mesh, jaxpar.MEGATRON), wide):
+        step = jaxpar.make_train_step(loss_fn, strategy, num_microbatches=num_microbatches)
+        _, metrics = step(start(strategy), strategy.shard_batch(BATCH))
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
 # compile: steps of one's own
 
 
