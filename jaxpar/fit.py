@@ -359,7 +359,7 @@ def _check_batches_and_on_step(batches: Any, on_step: Any) -> None:
         raise FitError(f"on_step is {on_step!r}; give a function on_step(step, metrics), or None for a live line.")
     for fn, name, arguments in ((on_step, "on_step", ("step", "metrics")), (batches, "batches", ("step",))):
         if callable(fn):
-            check_takes(fn, name, *arguments)
+            check_takes(fn, name, *arguments, kind=FitError)
     if isinstance(batches, Mapping) or not (callable(batches) or isinstance(batches, Iterable)):
         raise FitError(
             f"batches is a {type(batches).__name__}; give an iterable of batches, as [batch], or a function "
