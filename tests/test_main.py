@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.devices(8)
 
 SMALL = ["train", "--d-model", "32", "--layers", "1", "--seq-len", "16", "--batch-size", "16", "--steps", "3"]
 EIGHT = ["--fake-devices", "8"]
+PYPROJECT = pathlib.Path(jaxpar.__file__).parent.parent / "pyproject.toml"
 
 LONG = "the cat sat on the mat. " * 100
 
@@ -407,6 +410,14 @@ def test_doctor_names_what_is_not_installed(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_installed", lambda name: None if name == "chex" else installed(name))
     assert main(["doctor"]) == 1
     assert "chex is not installed, but jaxpar needs >=0.1.92" in capsys.readouterr().out
+
+
+def test_doctor_reads_the_pins_as_pyproject_has_them(monkeypatch):
+    requirements = tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: requirements if name == "jaxpar" else [])
+    pins = {pin.name: pin for pin in doctor.read_pins()}
+    assert {f"{name}{pin.needs}" for name, pin in pins.items() if name != "python"} == set(requirements)
+    assert all(pin.holds for pin in pins.values())
 
 
 def test_doctor_says_why_jax_does_not_start(capsys, monkeypatch):
