@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxpar.evaluation import EvalStep, evaluate
-from jaxpar.integers import is_integer
+from jaxpar.integers import is_integer, is_number
 from jaxpar.lines import plain_lines, tell_resume
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.profiling import Profile
@@ -389,7 +389,6 @@ def _check_profile(profile: Any, steps: int) -> None:
 
 def _seconds_of(estimate: Any) -> float | None:
     seconds = getattr(estimate, "seconds", estimate)
-    is_number = isinstance(seconds, int | float | np.number) and not isinstance(seconds, bool)
-    if seconds is not None and not (is_number and 0 < seconds < math.inf):
+    if seconds is not None and not (is_number(seconds) and seconds > 0):
         raise FitError(f"estimate is {estimate!r}; give a step's seconds, above 0, or what jaxpar.estimate returned.")
     return seconds if seconds is None else float(seconds)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpar.inspection.collectives import KINDS
 from jaxpar.inspection.report import inspect
-from jaxpar.integers import is_integer
+from jaxpar.integers import is_integer, is_number
 from jaxpar.layout import format_bytes
 from jaxpar.mesh import AXES
 
@@ -113,7 +113,7 @@ def assert_fits(train_step: Any, state: Any, batch: Any, *, hbm_fraction: float 
       ValueError: the mesh is of no target, or the fraction isn't one.
       InspectionError, StateError, BatchError, AheadError: as `jaxpar.inspect`.
     """
-    if isinstance(hbm_fraction, bool) or not isinstance(hbm_fraction, int | float) or not 0 < hbm_fraction <= 1:
+    if not is_number(hbm_fraction) or not 0 < hbm_fraction <= 1:
         raise ValueError(f"hbm_fraction is {hbm_fraction!r}; give a part of the memory, more than 0 and up to 1.")
     report = inspect(train_step, state, batch)
     if report.hbm_bytes is None:
