@@ -502,7 +502,18 @@ RULES = {
         ["'fsdp' of size 8 splits no leaf"],
     ),
     "a smallest size that is text": (lambda: jaxpar.rules.fsdp(min_size="1k"), ["min_size", "'1k'", "whole number"]),
-    "layers' names as one text": (lambda: jaxpar.rules.megatron(column="up"), ["column", "'up'", "['up']"]),
+    "layers' names as one text": (
+        lambda: jaxpar.rules.megatron(column="up"),
+        "column is 'up'; give a list of modules' names, as ['up'].",
+    ),
+    "None in place of layers' names": (
+        lambda: jaxpar.rules.megatron(row=None),
+        "row is None; give a list of modules' names, as ['down'].",
+    ),
+    "a number in place of stacks": (
+        lambda: jaxpar.rules.stages(stacks=3),
+        "stacks is 3; give a list of modules' names, as ['blocks'].",
+    ),
     "batch rules that are a list of lists": (
         lambda: sharded(make_mesh(data=8), batch_rules=[[("x", P())]]),
         ["is not a pair (regex, spec)"],

@@ -495,4 +495,4 @@ def test_with_its_defaults_it_ends_below_2_2_nats_per_byte():
 def test_fake_devices_without_the_cpu_platform_are_refused():
     done = run_process("train", *EIGHT, JAX_PLATFORMS="cuda")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--fake-devices 8 are CPU devices, but JAX_PLATFORMS=cuda rules them out; unset it." in done.stderr
+    assert "Fake devices are CPU devices, but JAX_PLATFORMS=cuda rules CPUs out; unset it." in done.stderr
