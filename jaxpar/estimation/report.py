@@ -267,7 +267,7 @@ def estimate(
       TargetError: what the compile needs isn't installed.
       StateError, BatchError: the state or the batch doesn't fit the step.
 
-    >>> import jaxpar
+    >>> import jaxpar, numpy as np
     >>> step = jaxpar.sharded(jaxpar.make_mesh(data=8)).compile(lambda state, batch: (state, batch))
     >>> estimate(step, np.ones(8), {"x": np.ones(8)})
     Traceback (most recent call last):
