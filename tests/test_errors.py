@@ -736,11 +736,13 @@ STATES = {
     ),
     "statistics of another shape": (
         lambda: train_linen({"stats": {"n": jnp.ones(4)}}, {"stats": {"n": jnp.ones(3)}}),
-        "'model_state/stats/n' changed its shape from (3,) to (4,); a step keeps it.",
+        "'model_state/stats/n' changed its shape from (3,) to (4,); a step keeps it. Give it back as it came, and let "
+        "a history that grows be a metric, or be kept outside the model.",
     ),
     "statistics of other names": (
         lambda: train_linen({"stats": {"m": jnp.ones(3)}}, {"stats": {"n": jnp.ones(3)}}),
-        ["changed its leaves", "stats/m", "stats/n", "a step keeps them"],
+        "The model's state changed its leaves, by ['stats/m', 'stats/n']; a step keeps them. Give back each collection "
+        "with the leaves that it came with, and what was gathered besides in the metrics.",
     ),
 }
 
