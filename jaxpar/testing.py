@@ -176,7 +176,7 @@ def _read_dtypes(batches: Any, strategy: Any, num_microbatches: Any, compute_dty
     check_strategy(strategy)
     if not is_integer(num_microbatches):
         raise ValueError(f"num_microbatches is {num_microbatches!r}; give a whole number, 1 or more.")
-    # As in float64's own run: that it can't be the narrow one is said below.
+    # With x64 on, since what is wrong with float64 is said better below.
     with jax.enable_x64(True):
         check_compute_dtype(compute_dtype)
     known = ("float64", "float32") if compute_dtype is None else (jnp.dtype(compute_dtype).name,)
