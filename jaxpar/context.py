@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxpar.integers import is_integer
+from jaxpar.integers import is_integer, is_number
 from jaxpar.island import current_mesh, island_size, jit_island
 from jaxpar.mesh import check_axis_name
 from jaxpar.sequence import CONTEXT_SIZE, ContextError, check_divides
@@ -323,8 +323,8 @@ def _automatic_size(axis: str) -> int:
 def _make_kernel(q_BTHD: jax.Array, scale: Any, block_size: Any, size: int, spec: tuple[Any, ...] = ()) -> _Kernel:
     if not is_integer(block_size):
         raise ContextError(f"block_size is {block_size!r}; give a whole number of tokens, 1 or more.")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float | np.number)):
-        raise ContextError(f"scale is {scale!r}; give a plain number, or multiply q by it instead.")
+    if scale is not None and not is_number(scale):
+        raise ContextError(f"scale is {scale!r}; give a plain, finite number, or multiply q by it instead.")
     length, scale = q_BTHD.shape[1] // size, q_BTHD.shape[3] ** -0.5 if scale is None else scale
     # Blocks as alike as can be, so that little fills up the last.
     return _Kernel(float(scale), -(-length // -(-length // int(block_size))), size, spec)

@@ -12,6 +12,8 @@ import jax
 from jaxpar.layout import format_bytes
 
 _PLUGIN_EXTRAS = ("cuda12", "cuda13", "tpu")
+# What jaxpar asks for beside JAX, as pyproject.toml names it.
+_CORE = ("flax", "optax", "chex", "numpy", "rich", "orbax-checkpoint")
 _DEFAULT_FRACTION = "0.75"
 
 # A setting, and what it costs while it is on.
@@ -89,7 +91,7 @@ def read_pins() -> list[Pin]:
         python = metadata.metadata("jaxpar")["Requires-Python"]
     except metadata.PackageNotFoundError:
         # Run from its source, uninstalled: there is nothing to compare with, and the table shows so.
-        return [Pin(name, _installed(name), "", "-") for name in ("jax", "jaxlib", "flax", "optax", "chex")]
+        return [Pin(name, _installed(name), "", "-") for name in ("jax", "jaxlib", *_CORE)]
     pins = [Pin("python", platform.python_version(), python or "", "jaxpar")]
     pins += [
         Pin(name, _installed(name), needs, "jaxpar") for name, needs, extra in _requirements("jaxpar") if not extra
@@ -98,10 +100,7 @@ def read_pins() -> list[Pin]:
         is_plugin = extra in _PLUGIN_EXTRAS and name != "jaxlib" and _installed(name) is not None
         if (name == "jaxlib" and not extra) or is_plugin:
             pins.append(Pin(name, _installed(name), needs, "jax"))
-    known = {pin.name for pin in pins}
-    # What checkpoints are written with has no pin of jaxpar's own yet; its version matters all the same.
-    extras = ("orbax-checkpoint",)
-    return pins + [Pin(name, _installed(name), "", "-") for name in extras if name not in known and _installed(name)]
+    return pins
 
 
 def satisfies(version: str, needs: str) -> bool:

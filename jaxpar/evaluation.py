@@ -12,7 +12,7 @@ from flax import struct
 from jax.experimental import multihost_utils
 
 from jaxpar.batch import EXAMPLE_WEIGHT, BatchError, count_rows, pad_rows, read_batch
-from jaxpar.loss import Weighted, call_model, grow, mean_value, sum_values
+from jaxpar.loss import Weighted, call_model, grow, is_weighted, mean_value, sum_values
 from jaxpar.state import StateError, TrainState
 from jaxpar.step import RecompileWarning, Step
 from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, check_takes
@@ -141,7 +141,7 @@ def make_eval_step(
                 axes,
                 batch,
             )()
-            leaves, treedef = jax.tree.flatten(values, is_leaf=lambda node: isinstance(node, Weighted))
+            leaves, treedef = jax.tree.flatten(values, is_leaf=is_weighted)
             is_rows = tuple(not isinstance(leaf, Weighted) for leaf in leaves)
             sums = [leaf for leaf, kept in zip(leaves, is_rows, strict=True) if not kept]
             rows = [leaf for leaf, kept in zip(leaves, is_rows, strict=True) if kept]
@@ -196,7 +196,7 @@ def evaluate(eval_step: EvalStep, state: TrainState, batches: Iterable[Any]) -> 
         weight = math.fsum(float(part.weight) for part in parts)
         return math.fsum(float(part.total) for part in parts) / weight if weight else 0.0
 
-    return jax.tree.map(mean, *sums, is_leaf=lambda node: isinstance(node, Weighted))
+    return jax.tree.map(mean, *sums, is_leaf=is_weighted)
 
 
 def _even_batches(strategy: Strategy, batches: Iterable[Any]) -> Iterable[tuple[Any, int]]:

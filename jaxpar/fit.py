@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.arguments import check_alive
 from jaxpar.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxpar.evaluation import EvalStep, evaluate
-from jaxpar.integers import is_integer
+from jaxpar.integers import is_integer, is_number
 from jaxpar.lines import plain_lines, tell_resume
 from jaxpar.preemption import CODE, Preemption
 from jaxpar.profiling import Profile
@@ -337,6 +338,7 @@ def _check(train_step: Any, state: Any, steps: Any, eval_step: Any, checkpoint: 
         raise FitError(f"train_step is a {type(train_step).__name__}; give what jaxpar.make_train_step returns.")
     if not isinstance(state, TrainState) or not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state)):
         raise FitError(f"state is a {type(state).__name__}; give a TrainState on devices, as strategy.init returns.")
+    check_alive(state, is_donated=True)
     if not is_integer(steps, least=0):
         raise FitError(f"steps is {steps!r}; give a whole number, 0 or more: how many in all.")
     if eval_step is not None and not (
@@ -359,7 +361,7 @@ def _check_batches_and_on_step(batches: Any, on_step: Any) -> None:
         raise FitError(f"on_step is {on_step!r}; give a function on_step(step, metrics), or None for a live line.")
     for fn, name, arguments in ((on_step, "on_step", ("step", "metrics")), (batches, "batches", ("step",))):
         if callable(fn):
-            check_takes(fn, name, *arguments)
+            check_takes(fn, name, *arguments, kind=FitError)
     if isinstance(batches, Mapping) or not (callable(batches) or isinstance(batches, Iterable)):
         raise FitError(
             f"batches is a {type(batches).__name__}; give an iterable of batches, as [batch], or a function "
@@ -389,7 +391,6 @@ def _check_profile(profile: Any, steps: int) -> None:
 
 def _seconds_of(estimate: Any) -> float | None:
     seconds = getattr(estimate, "seconds", estimate)
-    is_number = isinstance(seconds, int | float | np.number) and not isinstance(seconds, bool)
-    if seconds is not None and not (is_number and 0 < seconds < math.inf):
+    if seconds is not None and not (is_number(seconds) and seconds > 0):
         raise FitError(f"estimate is {estimate!r}; give a step's seconds, above 0, or what jaxpar.estimate returned.")
     return seconds if seconds is None else float(seconds)

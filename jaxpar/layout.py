@@ -5,8 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpar.partition import Leaf, Match, PartitionError, Rules, axes_of, match_leaf, match_optimizer_leaf, open_spec
@@ -22,7 +20,7 @@ _MUST_SPLIT = {
 class LayoutRow(NamedTuple):
     """One leaf: canonical path, global shape, dtype, spec, the rule that gave it, bytes on a device, and a remark.
 
-    >>> import jaxpar
+    >>> import jax, jaxpar
     >>> layout = layout_state({"w": jax.ShapeDtypeStruct((8, 4), "float32")}, [], jaxpar.make_mesh(data=8))
     >>> [(row.path, row.shape, row.bytes_per_device) for row in layout.rows]
     [('w', (8, 4), 128)]
@@ -46,7 +44,7 @@ class Layout:
       rows: a `LayoutRow` for each leaf, in the order of `jax.tree.leaves`.
       unused: the patterns of rules that matched no leaf.
 
-    >>> import jaxpar
+    >>> import jax, jaxpar
     >>> layout = layout_state({"w": jax.ShapeDtypeStruct((8, 4), "float32")}, [[("w$", PartitionSpec("model"))]],
     ...                       jaxpar.make_mesh(model=8))
     >>> print(layout)
@@ -94,10 +92,7 @@ class Layout:
         for line in cells:
             padded = [text.ljust(width) for text, width in zip(line[:5], widths, strict=False)]
             lines.append("  ".join([*padded, line[5].rjust(widths[5]), line[6]]).rstrip())
-        whole = sum(
-            math.prod(row.shape) * np.dtype(row.dtype).itemsize if not _is_extended(row.dtype) else row.bytes_per_device
-            for row in self.rows
-        )
+        whole = sum(math.prod(row.shape) * row.dtype.itemsize for row in self.rows)
         lines.append(
             f"total {format_bytes(self.bytes_per_device)} a device, {format_bytes(whole)} whole; mesh "
             f"{dict(self.mesh.shape)}"
@@ -121,7 +116,7 @@ def layout_state(
       made_whole: for each leaf the primitive, if any, that makes it whole on every device before it is split.
 
     Raises:
-      PartitionError: a rule can't apply, no rule matches a leaf, or a `model` or `fsdp` axis splits nothing.
+      PartitionError: a rule can't apply, no rule matches a leaf, or a `model`, `fsdp` or `stage` axis splits nothing.
     """
     named = named_leaves(state)
     annotations = dict(state.static.annotations) if isinstance(state, TrainState) else {}
@@ -189,10 +184,6 @@ def _check_axes_split(rows: Sequence[LayoutRow], mesh: Mesh) -> None:
                 f"Mesh axis {axis!r} of size {size} splits no leaf: {size} devices {consequence}{next_step} rules that "
                 f"name {axis!r}, or give its devices to another axis, as make_mesh(data={mesh.size})."
             )
-
-
-def _is_extended(dtype: Any) -> bool:
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
 
 
 def _short(spec: PartitionSpec) -> str:

@@ -36,6 +36,15 @@ class Weighted:
     weight: Any
 
 
+def is_weighted(node: Any) -> bool:
+    """Returns whether it is a `Weighted`: where `jax.tree` is to stop, as `is_leaf`.
+
+    >>> jax.tree.leaves({"loss": Weighted(2.0, 1.0), "norm": 3.0}, is_leaf=is_weighted)
+    [Weighted(total=2.0, weight=1.0), 3.0]
+    """
+    return isinstance(node, Weighted)
+
+
 class LossError(TypeError):
     """A function that returns what can't be summed over examples: the message says what it gave and what is needed."""
 
@@ -169,7 +178,7 @@ def sum_values(
             values = _call_by_row(call, batch, rows, is_shared)
     check_values(values, rows)
     return jax.tree.map(
-        lambda value: _sum_value(value, weight, rows, fraction, keep_examples), values, is_leaf=_is_weighted
+        lambda value: _sum_value(value, weight, rows, fraction, keep_examples), values, is_leaf=is_weighted
     ), after
 
 
@@ -252,19 +261,21 @@ def _like(after: Any, before: Any) -> Any:
     old, new = dict(named_leaves(before)), dict(named_leaves(after))
     if old.keys() != new.keys():
         raise StateError(
-            f"The model's state changed its leaves, by {sorted(old.keys() ^ new.keys())}; a step keeps them."
+            f"The model's state changed its leaves, by {sorted(old.keys() ^ new.keys())}; a step keeps them. Give back "
+            "each collection with the leaves that it came with, and what was gathered besides in the metrics."
         )
     for path, leaf in new.items():
         if leaf.shape != old[path].shape:
             raise StateError(
-                f"'model_state/{path}' changed its shape from {old[path].shape} to {leaf.shape}; a step keeps it."
+                f"'model_state/{path}' changed its shape from {old[path].shape} to {leaf.shape}; a step keeps it. Give "
+                "it back as it came, and let a history that grows be a metric, or be kept outside the model."
             )
     return jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), after, before)
 
 
 def check_values(values: Values, rows: int) -> None:
     """Raises LossError, which names it, for a value that can't be summed over `rows` examples."""
-    for path, value in jax.tree_util.tree_leaves_with_path(values, is_leaf=_is_weighted):
+    for path, value in jax.tree_util.tree_leaves_with_path(values, is_leaf=is_weighted):
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "the value"
         parts = (value.total, value.weight) if isinstance(value, Weighted) else (value,)
         if not all(isinstance(part, jax.Array | np.ndarray | np.generic | float | int) for part in parts):
@@ -308,7 +319,7 @@ def _call_by_row(call: Callable, batch: Any, rows: int, is_shared: Callable[[str
     def call_one(row: jax.Array, *arrays: jax.Array) -> Values:
         lone = [array[None] if axis == 0 else array for array, axis in zip(arrays, axes, strict=True)]
         values, _ = call(jax.tree.unflatten(treedef, lone), (row,))
-        return jax.tree.map(_one_row, values, is_leaf=_is_weighted)
+        return jax.tree.map(_one_row, values, is_leaf=is_weighted)
 
     return jax.vmap(call_one, in_axes=(0, *axes), axis_name=ROW_AXIS)(jnp.arange(rows), *(leaf for _, leaf in leaves))
 
@@ -338,12 +349,8 @@ def _sum_value(value: Any, weight: jax.Array | None, rows: int, fraction: float,
     return Weighted((value * weight).sum() * (fraction / rows), grow(weight).sum() * (fraction / rows))
 
 
-def _is_weighted(node: Any) -> bool:
-    return isinstance(node, Weighted)
-
-
 def _leaves(values: Values) -> list[Any]:
-    return jax.tree.leaves(values, is_leaf=_is_weighted)
+    return jax.tree.leaves(values, is_leaf=is_weighted)
 
 
 def _is_per_example(value: Any, rows: int) -> bool:

@@ -88,18 +88,19 @@ to the device count. Pass devices=jax.devices()[:6] for a part of them.
     chosen = check_devices(jax.devices() if devices is None else devices)
     shape = _fill_in({axis: int(sizes[axis]) for axis in AXES if axis in sizes}, chosen)
     check_axis_name(slice_axis)
+    axis_types = (AxisType.Auto,) * len(shape)
     if slices != 1 or slice_of is not None:
         laid = _lay_slices(shape, chosen, slices, slice_axis, slice_of)
-        return Mesh(laid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+        return Mesh(laid, tuple(shape), axis_types=axis_types)
     if target is not None:
         laid = mesh_utils.create_device_mesh(
             tuple(shape.values()), devices=list(chosen), allow_split_physical_axes=True
         )
-        return Mesh(laid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+        return Mesh(laid, tuple(shape), axis_types=axis_types)
     if devices is None:
         # JAX knows which order of the chips makes neighbours on the wire neighbours on the mesh.
-        return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
-    return Mesh(chosen.reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+        return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types)
+    return Mesh(chosen.reshape(tuple(shape.values())), tuple(shape), axis_types=axis_types)
 
 
 def check_devices(devices: Any) -> np.ndarray:

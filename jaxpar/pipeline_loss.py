@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jaxpar.island import island_size, jit_island, takes_rows_alone
-from jaxpar.loss import Weighted, check_values, grow, read_loss
+from jaxpar.loss import Weighted, check_values, grow, is_weighted, read_loss
 from jaxpar.schedule import check_name
 from jaxpar.stack import (
     STAGE,
@@ -377,5 +377,4 @@ def _as_sums(result: Any, rows: int) -> tuple[Weighted, dict[str, Any]]:
         mean = grow(jnp.asarray(value)).mean()
         return Weighted(mean * rows, jnp.full((), rows, mean.dtype))
 
-    is_weighted = lambda node: isinstance(node, Weighted)
     return sum_up(loss), jax.tree.map(sum_up, dict(metrics), is_leaf=is_weighted)

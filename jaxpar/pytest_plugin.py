@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from jaxpar.integers import is_integer
+
 # The names of jaxpar.testing.strategies(8), which can't be asked for here without importing JAX.
 STRATEGIES = ("one", "pmap", "data", "model", "data_model", "fsdp", "fsdp_model", "zero1")
 
@@ -133,10 +135,10 @@ def _marked_count(item: Any) -> int | None:
     """The most devices that the test's marks ask for."""
     counts = []
     for mark in item.iter_markers("devices"):
-        if len(mark.args) != 1 or mark.kwargs or type(mark.args[0]) is not int or mark.args[0] < 1:
+        if len(mark.args) != 1 or mark.kwargs or not is_integer(mark.args[0]):
             given = ", ".join([*map(repr, mark.args), *(f"{name}={value!r}" for name, value in mark.kwargs.items())])
             pytest.fail(f"@pytest.mark.devices({given}): give one whole number, as devices(8).", pytrace=False)
-        counts.append(mark.args[0])
+        counts.append(int(mark.args[0]))
     return max(counts, default=None)
 
 

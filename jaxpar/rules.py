@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
@@ -60,9 +61,8 @@ def megatron(*, column: Sequence[str] = (), row: Sequence[str] = (), axis: str =
     >>> import jaxpar
     >>> strategy = jaxpar.sharded(jaxpar.make_mesh(model=-1), jaxpar.rules.megatron(column=["c_fc"], row=["c_proj"]))
     """
-    for name, layers in (("column", column), ("row", row)):
-        if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
-            raise PartitionError(f"{name} is {layers!r}; give a list of layers' names, as ['up'].")
+    _check_names("column", column, "as ['up']", least=0)
+    _check_names("row", row, "as ['down']", least=0)
     columns, rows = ("up", "gate", "fc1", r"wi(_\d+)?", *column), ("down", "fc2", "wo", *row)
 
     def split(dim: int) -> SpecFn:
@@ -143,8 +143,9 @@ def experts(*, names: Sequence[str] = ("experts",), axis: str = "expert") -> lis
     return [(rf"(^|/)({'|'.join(names)})/", split), (".*", _whole_unless_split("EXPERT", axis))]
 
 
-def _check_names(argument: str, names: Sequence[str], example: str) -> None:
-    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+def _check_names(argument: str, names: Any, example: str, least: int = 1) -> None:
+    is_list = isinstance(names, Collection) and not isinstance(names, str)
+    if not is_list or len(names) < least or not all(isinstance(name, str) for name in names):
         raise PartitionError(f"{argument} is {names!r}; give a list of modules' names, {example}.")
 
 

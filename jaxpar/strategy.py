@@ -55,6 +55,7 @@ class Strategy:
         Raises:
           StateError: `init_fn` doesn't return a `TrainState`.
           PartitionError: the rules don't fit the state.
+          MeshError: the mesh's devices aren't here, as those of a target.
 
         >>> import jaxpar, optax
         >>> strategy = jaxpar.sharded(jaxpar.make_mesh(fsdp=8), jaxpar.FSDP)
@@ -79,6 +80,7 @@ class Strategy:
         Raises:
           StateError: it is a function, or a leaf is no array of numbers, a shape alone, or gone.
           PartitionError: the rules don't fit the state.
+          MeshError: the mesh's devices aren't here, as those of a target.
 
         >>> import jaxpar, optax
         >>> state = jaxpar.TrainState.create(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), optax.adam(1e-3))
@@ -143,6 +145,7 @@ class Strategy:
 
         Raises:
           BatchError: a leaf is text or ragged, leaves differ in their rows, or the rows don't divide.
+          MeshError: the mesh's devices aren't here, as those of a target.
 
         >>> import jaxpar
         >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
@@ -250,8 +253,7 @@ def process_part(mesh: Mesh, process: int, spec: PartitionSpec) -> tuple[int, in
     Raises:
       BatchError: the processes' devices interleave along the dim, so that none holds one part.
     """
-    sharding = jax.NamedSharding(mesh, spec)
-    rows = int(np.prod([mesh.shape[axis] for axis in mesh.axis_names]))
+    sharding, rows = NamedSharding(mesh, spec), mesh.size
     parts: dict[int, set[int]] = {}
     for device, (index, *_) in sharding.devices_indices_map((rows,)).items():
         parts.setdefault(device.process_index, set()).update(range(*index.indices(rows)))
@@ -302,8 +304,8 @@ def check_strategy(strategy: Any) -> None:
         )
 
 
-def check_takes(fn: Any, name: str, *arguments: str) -> None:
-    """Raises StateError, a TypeError, unless the function takes these arguments; one of C's may not tell."""
+def check_takes(fn: Any, name: str, *arguments: str, kind: type[Exception] = StateError) -> None:
+    """Raises an error of this kind unless the function takes these arguments; one of C's may not tell."""
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):
@@ -312,7 +314,7 @@ def check_takes(fn: Any, name: str, *arguments: str) -> None:
         signature.bind(*arguments)
     except TypeError:
         call = f"{name}({', '.join(arguments)})"
-        raise StateError(f"{name} takes {signature}, but is called as {call}; give a function {call}.") from None
+        raise kind(f"{name} takes {signature}, but is called as {call}; give a function {call}.") from None
 
 
 def param_specs(layout: Layout) -> dict[str, PartitionSpec]:

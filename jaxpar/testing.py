@@ -19,7 +19,7 @@ from jaxpar.oracle import View, find_narrowed_loss, one_device_step
 from jaxpar.rules import FSDP, MEGATRON, ZERO1
 from jaxpar.sharded import sharded
 from jaxpar.state import TrainState, is_key, named_leaves
-from jaxpar.strategy import Strategy
+from jaxpar.strategy import Strategy, check_compute_dtype, check_strategy
 from jaxpar.train import make_train_step
 
 # Float64 is where an error in logic can't hide; float32 is what runs.
@@ -66,8 +66,7 @@ class Agreement:
     def __str__(self) -> str:
         lines = [f"{self.strategy} trains like one device over {self.steps} steps:"]
         for run in self.runs:
-            exact = run.dtype == "float64"
-            params = f", parameters to {run.params:.2g} ({run.leaf!r})" if exact else ""
+            params = f", parameters to {run.params:.2g} ({run.leaf!r})" if run.dtype == "float64" else ""
             lines.append(f"  {run.dtype}: losses to {run.loss:.2g}{params}; tolerance {run.tolerance:g}")
         if self.noise:
             lines.append(f"  not compared, their gradient is rounding noise: {', '.join(self.noise)}")
@@ -112,7 +111,7 @@ def assert_trains_like_one_device(
       dtypes: those to run in; by default `("float64", "float32")`. Where a layer fixes float32, give `("float32",)`.
 
     Raises:
-      ValueError: an argument that can't be.
+      ValueError, TypeError: an argument that can't be; a strategy that is none.
       AssertionError: they differ: the first step, the leaf, by how much, and operations left in float32 in float64.
 
     >>> import optax
@@ -125,9 +124,7 @@ def assert_trains_like_one_device(
       float64: losses to ..., parameters to ...; tolerance 1e-09
       float32: losses to ...; tolerance 1e-05
     """
-    known = ("float64", "float32") if compute_dtype is None else (jnp.dtype(compute_dtype).name,)
-    dtypes = known if dtypes is None else dtypes
-    _check_arguments(batches, strategy, dtypes, known)
+    dtypes = _read_dtypes(batches, strategy, num_microbatches, compute_dtype, dtypes)
     start = strategy.init(init_fn, jax.random.key(0))
     _check_layout(start, strategy, "strategy.init")
     case = _Case(loss_fn, list(batches), strategy, num_microbatches, compute_dtype, start)
@@ -140,8 +137,8 @@ def assert_trains_like_one_device(
 def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strategy]]:
     """Returns the standard strategies that fit a number of devices: a table of names and functions that make each.
 
-    For `pytest.mark.parametrize`: the functions use the first `num_devices` devices, by default all, when they are
-    called, and asking for their names starts no device.
+    For `pytest.mark.parametrize`: the functions use the first `num_devices` devices when they are called; where the
+    number is given, asking for their names starts no device. By default it is all, which to count starts JAX.
 
     >>> list(strategies(8))
     ['one', 'pmap', 'data', 'model', 'data_model', 'fsdp', 'fsdp_model', 'zero1']
@@ -158,10 +155,7 @@ def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strateg
         used = math.prod(sizes.values())
         return lambda: sharded(make_mesh(None, devices=jax.devices()[:used], **sizes), *rules)
 
-    table: dict[str, Callable[[], Strategy]] = {
-        "one": on_mesh(data=1),
-        "pmap": lambda: data_parallel(jax.local_devices()[:count]),
-    }
+    table = {"one": on_mesh(data=1), "pmap": lambda: data_parallel(jax.local_devices()[:count])}
     if count > 1:
         table |= {"data": on_mesh(data=count), "model": on_mesh(MEGATRON, model=count)}
         if count % 2 == 0 and count > 2:
@@ -173,17 +167,25 @@ def strategies(num_devices: int | None = None) -> dict[str, Callable[[], Strateg
     return table
 
 
-def _check_arguments(batches: Any, strategy: Any, dtypes: Any, known: tuple[str, ...]) -> None:
+def _read_dtypes(batches: Any, strategy: Any, num_microbatches: Any, compute_dtype: Any, dtypes: Any) -> Sequence[str]:
+    """The dtypes to run in, once every argument is checked."""
     if isinstance(batches, Mapping) or not isinstance(batches, Sequence):
         raise ValueError(f"batches is a {type(batches).__name__}; give a list of batches, one a step, as [batch] * 3.")
     if not batches:
         raise ValueError("batches is empty; give the global batch of at least one step.")
-    if not isinstance(strategy, Strategy):
-        raise ValueError(f"strategy is {strategy!r}; give what jaxpar.sharded or jaxpar.data_parallel returns.")
+    check_strategy(strategy)
+    if not is_integer(num_microbatches):
+        raise ValueError(f"num_microbatches is {num_microbatches!r}; give a whole number, 1 or more.")
+    # With x64 on, since what is wrong with float64 is said better below.
+    with jax.enable_x64(True):
+        check_compute_dtype(compute_dtype)
+    known = ("float64", "float32") if compute_dtype is None else (jnp.dtype(compute_dtype).name,)
     if known[0] not in TOLERANCES or (len(known) == 1 and known[0].endswith(("32", "64"))):
         raise ValueError(f"compute_dtype is {known[0]}; give jnp.bfloat16 or jnp.float16, or None.")
+    dtypes = known if dtypes is None else dtypes
     if isinstance(dtypes, str) or not dtypes or set(dtypes) - set(known):
         raise ValueError(f"dtypes is {dtypes!r}; give one or more of {list(known)}.")
+    return dtypes
 
 
 class _Case(NamedTuple):
@@ -239,8 +241,7 @@ def _follow(
         case.loss_fn, strategy, num_microbatches=case.num_microbatches, compute_dtype=case.compute_dtype
     )
     step, play = _count_compiles(train_step, strategy), one_device_step(case.loss_fn, view)
-    state, lone = strategy.place(jax.tree.map(jnp.copy, start)), start
-    differences, norms = [], []
+    state, lone, differences, norms = strategy.place(jax.tree.map(jnp.copy, start)), start, [], []
     for number, batch in enumerate(batches, 1):
         state, metrics = step(state, strategy.shard_batch(batch))
         before, (lone, expected, gradients) = lone, play(lone, batch)
@@ -330,10 +331,10 @@ def _with_params(state: TrainState, source: TrainState, paths: tuple[str, ...]) 
 
 
 def _measure(dtype: str, differences: list[_Difference]) -> Run:
-    is_param = lambda item: item.what.startswith("params/")
-    worst = max(filter(is_param, differences), key=lambda item: item.size, default=_Difference(0, "", 0.0, 0, 0))
-    loss = max(item.size for item in differences if item.what == _LOSS)
-    return Run(dtype, TOLERANCES[dtype], loss, worst.size, worst.what)
+    params = [item for item in differences if item.what.startswith("params/")]
+    worst = max(params, key=lambda item: item.size, default=_Difference(0, "", 0.0, 0, 0))
+    loss = (item.size for item in differences if item.what == _LOSS)
+    return Run(dtype, TOLERANCES[dtype], max(loss), worst.size, worst.what)
 
 
 def _explain(strategy: Strategy, run: Run, failed: list[_Difference], narrowings: Sequence[str]) -> str:

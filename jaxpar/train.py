@@ -15,7 +15,7 @@ from flax.training.dynamic_scale import DynamicScale
 from jaxpar.batch import match_path
 from jaxpar.integers import is_integer
 from jaxpar.layout import Layout
-from jaxpar.loss import LossError, Weighted, call_model, grow, mean_value, read_loss, sum_values
+from jaxpar.loss import LossError, call_model, grow, is_weighted, mean_value, read_loss, sum_values
 from jaxpar.state import StateError, Static, TrainState, is_key, join_params, leaf_path, split_params
 from jaxpar.step import Step
 from jaxpar.strategy import Strategy, cast_params, check_compute_dtype, check_strategy, check_takes, param_specs
@@ -224,10 +224,7 @@ def _update(state: TrainState, sums: _Sums) -> tuple[TrainState, dict[str, jax.A
         finite = jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]))
         take = finite if take is None else take & finite
         dynamic_scale = _next_scale(dynamic_scale, finite)
-    metrics = {
-        name: jax.tree.map(mean_value, value, is_leaf=lambda node: isinstance(node, Weighted))
-        for name, value in sums.values.items()
-    }
+    metrics = {name: jax.tree.map(mean_value, value, is_leaf=is_weighted) for name, value in sums.values.items()}
     metrics["grad_norm"] = optax.tree.norm(jax.tree.map(grow, gradients))
     gradients = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), gradients, trained)
     extra = {"value": metrics["loss"]} if _takes_value(state.static.tx) else {}

@@ -1436,9 +1436,9 @@ def check_unmutated(tests: list[str]) -> None:
         raise RuntimeError(f"The tests fail without any mutation:\n{text[-3000:]}")
 
 
-def run_mutations(word: str = "", *, every: int = 1, workers: int = 2) -> list[Outcome]:
-    """Returns the outcome of each (or every so many) whose name holds the word, and prints them as a table."""
-    chosen = [mutation for mutation in MUTATIONS if word in mutation.name][::every]
+def run_mutations(word: str = "", *, first: int = 0, every: int = 1, workers: int = 2) -> list[Outcome]:
+    """Returns the outcome of each (or every so many, from `first` on) whose name holds the word; prints a table."""
+    chosen = [mutation for mutation in MUTATIONS if word in mutation.name][first::every]
     check_unmutated(sorted({mutation.test for mutation in chosen}))
     print("| mutation | file | caught by | s |\n|---|---|---|---|")
     outcomes = []

@@ -598,7 +598,9 @@ ATTENTION_ERRORS = {
     ),
     "no block": ({}, {"block_size": 0}, "block_size is 0; give a whole number of tokens, 1 or more."),
     "half a block": ({}, {"block_size": 2.5}, "block_size is 2.5; give a whole number"),
-    "a scale of text": ({}, {"scale": "small"}, "scale is 'small'; give a plain number"),
+    "a scale of text": ({}, {"scale": "small"}, "scale is 'small'; give a plain, finite number"),
+    "a scale that is no number": ({}, {"scale": np.nan}, "scale is nan; give a plain, finite number"),
+    "a complex scale": ({}, {"scale": np.complex64(1)}, "(1+0j); give a plain, finite number"),
 }
 
 

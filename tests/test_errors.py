@@ -105,6 +105,12 @@ def put_back(step, name, other=None, make_state=None):
     (other or step)(after.replace(**{name: part}), batch)
 
 
+def fit_again(step):
+    before = start(step.strategy)
+    step(before, step.strategy.shard_batch(BATCH))
+    jaxpar.fit(step, before, [BATCH], steps=1)
+
+
 def step_on_two(first, second):
     """One step, called with the states of two linen models under one optimizer."""
     tx, strategy = optax.sgd(0.1), data()
@@ -244,9 +250,18 @@ MESHES = {
         "Mesh axis 'data' has size 0; a size is a whole number, 1 or more, or -1 once.",
     ),
     "a size of -2": (lambda: make_mesh(data=-2), ["'data' has size -2", "whole number"]),
-    "a size that is no whole number": (lambda: make_mesh(data=2.0, model=4), ["size 2.0", "whole number"]),
-    "a size that is a bool": (lambda: make_mesh(data=True, model=8), ["size True", "whole number"]),
-    "a size that is text": (lambda: make_mesh(data="8"), ["size '8'", "whole number"]),
+    "a size that is no whole number": (
+        lambda: make_mesh(data=2.0, model=4),
+        "Mesh axis 'data' has size 2.0; a size is a whole number, 1 or more, or -1 once.",
+    ),
+    "a size that is a bool": (
+        lambda: make_mesh(data=True, model=8),
+        "Mesh axis 'data' has size True; a size is a whole number, 1 or more, or -1 once.",
+    ),
+    "a size that is text": (
+        lambda: make_mesh(data="8"),
+        "Mesh axis 'data' has size '8'; a size is a whole number, 1 or more, or -1 once.",
+    ),
     "two sizes of -1": (lambda: make_mesh(data=-1, model=-1), ["['data', 'model'] are all -1", "one at most"]),
     "-1 beside sizes that leave a remainder": (
         lambda: make_mesh(data=-1, model=3),
@@ -274,8 +289,14 @@ MESHES = {
         lambda: make_mesh(devices=4, data=4),
         "devices= is 4; give a list of devices, as jax.devices()[:4].",
     ),
-    "numbers in place of devices": (lambda: make_mesh(devices=[0, 1], data=2), ["devices=", "0", "jax.devices()"]),
-    "a platform in place of devices": (lambda: make_mesh(devices="cpu", data=8), ["devices=", "cpu", "jax.devices()"]),
+    "numbers in place of devices": (
+        lambda: make_mesh(devices=[0, 1], data=2),
+        "devices= is [0, 1]; give a list of devices, as jax.devices()[:4].",
+    ),
+    "a platform in place of devices": (
+        lambda: make_mesh(devices="cpu", data=8),
+        "devices= is 'cpu'; give a list of devices, as jax.devices()[:4].",
+    ),
     "more fake devices than JAX started with": (
         lambda: jaxpar.fake_devices(99),
         [
@@ -285,8 +306,11 @@ MESHES = {
             "JAX_NUM_CPU_DEVICES=99",
         ],
     ),
-    "a number of fake devices that is text": (lambda: jaxpar.fake_devices("8"), ["'8'", "whole number"]),
-    "no fake device": (lambda: jaxpar.fake_devices(0), ["0", "1 or more"]),
+    "a number of fake devices that is text": (
+        lambda: jaxpar.fake_devices("8"),
+        "count is '8'; give a whole number of devices, 1 or more.",
+    ),
+    "no fake device": (lambda: jaxpar.fake_devices(0), "count is 0; give a whole number of devices, 1 or more."),
     "a mesh of one's own in another order": (
         lambda: sharded(
             Mesh(np.array(jax.devices()).reshape(2, 4), ("model", "data"), axis_types=(AxisType.Auto,) * 2)
@@ -348,8 +372,14 @@ MESHES = {
         lambda: sharded("data=8"),
         "mesh is 'data=8', a str; give a jax.sharding.Mesh, as make_mesh returns.",
     ),
-    "rules in place of a mesh": (lambda: sharded(jaxpar.FSDP), ["mesh is [", "a list", "make_mesh"]),
-    "an abstract mesh": (lambda: sharded(make_mesh(data=8).abstract_mesh), ["AbstractMesh", "make_mesh"]),
+    "rules in place of a mesh": (
+        lambda: sharded(jaxpar.FSDP),
+        ["mesh is [('.*', <function", "a list; give a jax.sharding.Mesh, as make_mesh returns."],
+    ),
+    "an abstract mesh": (
+        lambda: sharded(make_mesh(data=8).abstract_mesh),
+        ["mesh is AbstractMesh(", "a AbstractMesh; give a jax.sharding.Mesh, as make_mesh returns."],
+    ),
     "pmap over a device twice": (
         lambda: data_parallel(jax.devices()[:1] * 2),
         ["holds 2 devices, 1 of them distinct", "give each once"],
@@ -414,7 +444,10 @@ RULES = {
         lambda: sharded(make_mesh(data=8), [("kernel$", "data")]),
         "Rule 'kernel$' gives 'data'; a spec is a PartitionSpec, None, WHOLE or a function f(leaf, mesh, spec_so_far).",
     ),
-    "a spec that is a tuple": (lambda: sharded(make_mesh(data=8), [("k", ("data",))]), ["('data',)", "PartitionSpec"]),
+    "a spec that is a tuple": (
+        lambda: sharded(make_mesh(data=8), [("k", ("data",))]),
+        "Rule 'k' gives ('data',); a spec is a PartitionSpec, None, WHOLE or a function f(leaf, mesh, spec_so_far).",
+    ),
     "a regex that doesn't compile": (
         lambda: sharded(make_mesh(data=8), [("kernel(", P())]),
         [
@@ -435,7 +468,7 @@ RULES = {
     ),
     "an axis that is a number": (
         lambda: layout([("kernel", P(1)), (".*", P())]),
-        ["Rule 'kernel'", "1", "{'data': 8}"],
+        "Rule 'kernel' gives 1 for dim 0; name axes of the mesh {'data': 8}.",
     ),
     "UNCONSTRAINED": (
         lambda: sharded(make_mesh(data=8), [("kernel", P(P.UNCONSTRAINED))]),
@@ -447,7 +480,7 @@ RULES = {
     ),
     "an axis twice on one dim": (
         lambda: layout([("kernel", P(("data", "data"))), (".*", P())]),
-        ["Rule 'kernel'", "'data'", "twice"],
+        "Rule 'kernel' gives P(('data', 'data'),), which names 'data' twice; an axis splits one dim of a leaf.",
     ),
     "an axis again in a later list": (
         lambda: layout([("kernel", P("data")), (".*", P())], [("kernel", P(None, "data")), (".*", P())]),
@@ -483,7 +516,8 @@ RULES = {
     ),
     "a function that gives too many dims": (
         lambda: layout([("bias", lambda leaf, mesh, so_far: P(None, None, "data")), (".*", P())]),
-        ["Rule 'bias'", "'params/bias'", "3 dims", "(8,) has 1"],
+        "Rule 'bias' gives P(None, None, 'data') for 'params/bias', 3 dims, but its shape (8,) has 1; give as "
+        "many, or fewer.",
     ),
     "FSDP without its axis": (
         lambda: layout(jaxpar.FSDP),
@@ -522,8 +556,22 @@ RULES = {
         lambda: layout(jaxpar.rules.fsdp(min_size=10**6), mesh=make_mesh(fsdp=8)),
         ["'fsdp' of size 8 splits no leaf"],
     ),
-    "a smallest size that is text": (lambda: jaxpar.rules.fsdp(min_size="1k"), ["min_size", "'1k'", "whole number"]),
-    "layers' names as one text": (lambda: jaxpar.rules.megatron(column="up"), ["column", "'up'", "['up']"]),
+    "a smallest size that is text": (
+        lambda: jaxpar.rules.fsdp(min_size="1k"),
+        "min_size is '1k'; give a whole number of elements, 0 or more.",
+    ),
+    "layers' names as one text": (
+        lambda: jaxpar.rules.megatron(column="up"),
+        "column is 'up'; give a list of modules' names, as ['up'].",
+    ),
+    "None in place of layers' names": (
+        lambda: jaxpar.rules.megatron(row=None),
+        "row is None; give a list of modules' names, as ['down'].",
+    ),
+    "a number in place of stacks": (
+        lambda: jaxpar.rules.stages(stacks=3),
+        "stacks is 3; give a list of modules' names, as ['blocks'].",
+    ),
     "batch rules that are a list of lists": (
         lambda: sharded(make_mesh(data=8), batch_rules=[[("x", P())]]),
         ["is not a pair (regex, spec)"],
@@ -534,7 +582,7 @@ RULES = {
     ),
     "batch rules with more dims than the leaf": (
         lambda: sharded(make_mesh(data=8), batch_rules=[("x", P("data", None, None))]).shard_batch(BATCH),
-        ["Rule 'x'", "'x', 3 dims", "(16, 16) has 2"],
+        "Rule 'x' gives P('data', None, None) for 'x', 3 dims, but its shape (16, 16) has 2; give as many, or fewer.",
     ),
 }
 
@@ -579,6 +627,10 @@ STATES = {
     "parameters that an earlier step took over, to evaluate": (
         lambda: put_back(make_train_step(loss_fn, data()), "params", make_eval_step(loss_fn, data())),
         "State leaf 'params/bias' is gone: an earlier call",
+    ),
+    "a state that an earlier step took over, to fit": (
+        lambda: fit_again(make_train_step(loss_fn, data())),
+        "State leaf 'step' is gone: an earlier call",
     ),
     "moments that an earlier step took over": (
         lambda: put_back(make_train_step(loss_fn, data()), "opt_state", make_state=adam_state),
@@ -633,13 +685,23 @@ STATES = {
         lambda: create({"kernel": jnp.ones((3, 2))}),
         "model is a mapping with the keys ['kernel']; give an nnx.Module, or linen variables: {'params': ...}.",
     ),
-    "a list of arrays": (lambda: create([jnp.ones(3)]), ["list", "nnx.Module"]),
-    "parameters that are one array": (lambda: create({"params": jnp.ones(3)}), ["params", "dict"]),
+    "a list of arrays": (
+        lambda: create([jnp.ones(3)]),
+        "model is <class 'list'>; give an nnx.Module, or linen variables: {'params': ...}.",
+    ),
+    "parameters that are one array": (
+        lambda: create({"params": jnp.ones(3)}),
+        "'params' is no dict; linen's params are nested dicts of arrays.",
+    ),
     "parameters in a list": (
         lambda: create({"params": {"layers": [jnp.ones(3), jnp.ones(3)]}}),
         "'params/layers' is no dict; linen's params are nested dicts of arrays.",
     ),
-    "a parameter that is text": (lambda: create({"params": {"w": "hello"}}), ["'params/w'", "hello"]),
+    "a parameter that is text": (
+        lambda: create({"params": {"w": "hello"}}),
+        "'params/w' is 'hello', a str and not an array; make the model inside init_fn, and the state with "
+        "strategy.init.",
+    ),
     "parameters of whole numbers alone": (
         lambda: create({"params": {"w": jnp.ones(3, int)}}),
         ["None of the 1", "'params/w'", "let a floating-point one be."],
@@ -647,14 +709,17 @@ STATES = {
     "no parameter": (lambda: create({"params": {}}), ["None of the 0 parameters", "no parameters"]),
     "two parameters of one path": (
         lambda: create({"params": {"a/b": jnp.ones(3), "a": {"b": jnp.ones(3)}}}),
-        ["'params/a/b'"],
+        "Two leaves of the model have the path 'params/a/b'; rename one, without a '/' in its name.",
     ),
     "nothing trainable": (
         lambda: create(trainable=lambda path: "kernl" in path),
         "None of the 2 parameters is trained: no path passes trainable=, such as 'params/bias'; let a floating-point "
         "one be.",
     ),
-    "trainable as text": (lambda: create(trainable="kernel"), ["trainable", "'kernel'", "function"]),
+    "trainable as text": (
+        lambda: create(trainable="kernel"),
+        "trainable is 'kernel'; give a function of a parameter's path that returns a bool.",
+    ),
     "a key that is a number": (lambda: create(rng=3), "rng is 3; give a random key, as jax.random.key(0)."),
     "a scale that is a number": (lambda: create(dynamic_scale=1024.0), ["dynamic_scale is 1024.0", "DynamicScale()"]),
     "a model of shapes": (lambda: create(nnx.eval_shape(linear)), ["'params/bias'", "ShapeDtypeStruct"]),
@@ -675,14 +740,24 @@ STATES = {
         ["init_fn is a Linear", "TrainState.create(Model(rngs=nnx.Rngs(rng))", "strategy.place"],
     ),
     "an init_fn that is a model's class": (lambda: data().init(nnx.Linear, KEY), ["init_fn is the class Linear"]),
-    "an init_fn that is a state": (lambda: data().init(create(), KEY), ["init_fn", "TrainState", "function"]),
+    "an init_fn that is a state": (
+        lambda: data().init(create(), KEY),
+        "init_fn is a TrainState; give a function of a random key that returns a jaxpar.TrainState, as lambda "
+        "rng: jaxpar.TrainState.create(Model(rngs=nnx.Rngs(rng)), optax.adam(1e-3)). A state that exists is "
+        "placed by strategy.place.",
+    ),
     "an init_fn that is a state, for shapes": (
         lambda: data().abstract_state(create()),
-        ["init_fn", "TrainState", "function"],
+        "init_fn is a TrainState; give a function of a random key that returns a jaxpar.TrainState, as lambda "
+        "rng: jaxpar.TrainState.create(Model(rngs=nnx.Rngs(rng)), optax.adam(1e-3)). A state that exists is "
+        "placed by strategy.place.",
     ),
     "a seed in place of a key": (lambda: data().init(init_fn, 0), ["rng is 0", "jax.random.key(0)"]),
     "two keys": (lambda: data().init(init_fn, jax.random.split(KEY)), ["rng", "(2,)", "jax.random.key(0)"]),
-    "a layout of nothing": (lambda: data().layout(None), ["NoneType", "TrainState"]),
+    "a layout of nothing": (
+        lambda: data().layout(None),
+        "The state is a NoneType; place and layout take what jaxpar.TrainState.create gives.",
+    ),
     "a dict to lay out": (lambda: data().layout({"w": jnp.ones(3)}), ["The state is a dict", "TrainState.create"]),
     "shapes to place": (
         lambda: data().place(data().abstract_state(init_fn)),
@@ -703,7 +778,8 @@ STATES = {
     ),
     "a state that isn't placed, to lower": (
         lambda: make_train_step(loss_fn, data()).lower(init_fn(KEY), BATCH),
-        ["'step'", "strategy"],
+        "State leaf 'step' lies on 1 devices, but sharded({'data': 8}, 0 lists of rules) uses 8; make the state "
+        "with strategy.init, or strategy.place(state).",
     ),
     "shapes in place of a state": (
         lambda: make_train_step(loss_fn, data())(data().abstract_state(init_fn), data().shard_batch(BATCH)),
@@ -760,7 +836,8 @@ STATES = {
     ),
     "a parameter taken out": (
         lambda: with_changed_params(lambda params: {"kernel": params["kernel"]}),
-        ["params", "opt_state"],
+        "The state's opt_state doesn't fit its params: they differ in ['0/mu/bias', '0/nu/bias']; make it anew "
+        "with TrainState.create.",
     ),
     "no state to evaluate": (
         lambda: evaluate(make_eval_step(loss_fn, data()), None, [BATCH]),
@@ -815,11 +892,13 @@ STATES = {
     ),
     "statistics of another shape": (
         lambda: train_linen({"stats": {"n": jnp.ones(4)}}, {"stats": {"n": jnp.ones(3)}}),
-        "'model_state/stats/n' changed its shape from (3,) to (4,); a step keeps it.",
+        "'model_state/stats/n' changed its shape from (3,) to (4,); a step keeps it. Give it back as it came, and let "
+        "a history that grows be a metric, or be kept outside the model.",
     ),
     "statistics of other names": (
         lambda: train_linen({"stats": {"m": jnp.ones(3)}}, {"stats": {"n": jnp.ones(3)}}),
-        ["changed its leaves", "stats/m", "stats/n", "a step keeps them"],
+        "The model's state changed its leaves, by ['stats/m', 'stats/n']; a step keeps them. Give back each collection "
+        "with the leaves that it came with, and what was gathered besides in the metrics.",
     ),
 }
 
@@ -901,7 +980,11 @@ BATCHES = {
         lambda: data().shard_batch({"x": np.array([np.ones(2), np.ones(3)] * 4, dtype=object)}),
         ["['x']", "ragged or not numbers"],
     ),
-    "a list of rows of unequal lengths": (lambda: data().shard_batch({"x": [np.ones(2), np.ones(3)]}), ["['x']"]),
+    "a list of rows of unequal lengths": (
+        lambda: data().shard_batch({"x": [np.ones(2), np.ones(3)]}),
+        "Batch leaf ['x'][1] has 3 examples, but ['x'][0] has 2; all need the same first dim, or, for one without"
+        " rows, sharded(..., batch_rules=[(regex, jaxpar.WHOLE)]) and pad_batch(..., whole=[regex]).",
+    ),
     "whole numbers beyond int32": (
         lambda: data().shard_batch({"x": np.full(8, 2**40)}),
         "Batch leaf ['x'] holds int64 values from 1099511627776 to 1099511627776, but JAX keeps int32 (-2147483648 to "
@@ -971,7 +1054,10 @@ BATCHES = {
         lambda: jaxpar.evaluate(make_eval_step(loss_fn, pmap()), start(pmap()), [pmap().shard_batch(BATCH)]),
         "Batch leaf ['x'] of shape (8, 2, 16) lies as data_parallel places it already, in 8 parts; give the raw batch.",
     ),
-    "a deleted leaf": (with_deleted_leaf, ["['x']", "deleted"]),
+    "a deleted leaf": (
+        with_deleted_leaf,
+        "Batch leaf ['x'] was deleted; place it again with strategy.shard_batch(batch).",
+    ),
     "no batch to a step": (
         lambda: make_train_step(loss_fn, data())(start(data()), None),
         "The batch None has no leaf; give what strategy.shard_batch returns.",
@@ -995,23 +1081,23 @@ BATCHES = {
     ),
     "weights of another shape to pad": (
         lambda: pad_batch({"x": np.ones(3), "example_weight": np.ones((3, 2))}, 8),
-        ["example_weight", "(3, 2)", "(3,)"],
+        "Batch leaf ['example_weight'] has shape (3, 2); give one weight an example: (3,).",
     ),
     "a weight for all rows to pad": (
         lambda: pad_batch({"x": np.ones(3), "example_weight": 1.0}, 8),
-        ["example_weight", "()", "(3,)"],
+        "Batch leaf ['example_weight'] has shape (); give one weight an example: (3,).",
     ),
     "a weight for all rows": (
         lambda: train(batch={**BATCH, "example_weight": np.float32(1)}),
-        ["example_weight", "()", "(16,)"],
+        "Batch leaf ['example_weight'] has shape (); give one weight an example: (16,).",
     ),
     "weights of another shape": (
         lambda: train(batch={**BATCH, "example_weight": np.ones((ROWS, 2), "float32")}),
-        ["example_weight", "(16, 2)", "(16,)"],
+        "Batch leaf ['example_weight'] has shape (16, 2); give one weight an example: (16,).",
     ),
     "weights of another shape, under pmap": (
         lambda: train(strategy=pmap(), batch={**BATCH, "example_weight": np.ones((ROWS, 2), "float32")}),
-        ["example_weight", "2)"],
+        "Batch leaf ['example_weight'] has shape (16, 2); give one weight an example: (16,).",
     ),
     "weights that are a nest": (
         lambda: data().shard_batch({**BATCH, "example_weight": {"a": np.ones(ROWS)}}),
@@ -1040,7 +1126,7 @@ BATCHES = {
     ),
     "one batch in place of batches": (
         lambda: evaluate(make_eval_step(loss_fn, data()), start(data()), BATCH),
-        ["batches", "dict", "[batch]"],
+        "batches is a dict; give an iterable of batches, as [batch].",
     ),
     "None in place of a batch": (
         lambda: evaluate(make_eval_step(loss_fn, data()), start(data()), [BATCH, None]),
@@ -1048,7 +1134,7 @@ BATCHES = {
     ),
     "None in place of batches": (
         lambda: evaluate(make_eval_step(loss_fn, data()), start(data()), None),
-        ["batches", "None"],
+        "batches is a NoneType; give an iterable of batches, as [batch].",
     ),
     "uneven batches that can't be padded": (
         lambda: evaluate(
@@ -1098,38 +1184,48 @@ LOSSES = {
     ),
     "a dict for a loss": (
         lambda: train(lambda model, batch, rng: ({"loss": measure(model, batch)}, {})),
-        ["type dict", "Weighted"],
+        "loss_fn returned a loss of type dict; give a scalar, one value an example, or jaxpar.Weighted(total, weight).",
     ),
     "text for a loss": (lambda: train(lambda model, batch, rng: ("x", {})), ["a loss of type str", "give a scalar"]),
-    "a loss of whole numbers": (lambda: train(lambda model, batch, rng: (jnp.int32(1), {})), ["int32", "floating"]),
-    "a complex loss": (lambda: train(lambda model, batch, rng: (measure(model, batch) * 1j, {})), ["complex64"]),
+    "a loss of whole numbers": (
+        lambda: train(lambda model, batch, rng: (jnp.int32(1), {})),
+        "loss_fn returned a loss of dtype int32; give a floating-point one, of which to take a gradient.",
+    ),
+    "a complex loss": (
+        lambda: train(lambda model, batch, rng: (measure(model, batch) * 1j, {})),
+        "loss_fn returned a loss of dtype complex64; give a floating-point one, of which to take a gradient.",
+    ),
     "a loss of another shape": (
         lambda: train(lambda model, batch, rng: (model(batch["x"]).T, {})),
         ["shape (8, 16)", "one value an example (16 here)", "reduce it", "jaxpar.Weighted(total, weight)"],
     ),
     "a metric of another shape": (
         lambda: train(lambda model, batch, rng: (measure(model, batch), {"odd": jnp.ones((3, 5))})),
-        ["odd", "shape (3, 5)", "reduce it"],
+        "'odd' has shape (3, 5), neither a scalar nor one value an example (16 here); reduce it, or give "
+        "jaxpar.Weighted(total, weight).",
     ),
     "a metric that is text": (
         lambda: train(lambda model, batch, rng: (measure(model, batch), {"note": "x"})),
-        ["note", "'x'", "give a scalar"],
+        "'note' is 'x'; give a scalar, one value an example, or jaxpar.Weighted(total, weight).",
     ),
     "a metric that is a key": (
         lambda: train(lambda model, batch, rng: (measure(model, batch), {"seed": rng})),
-        ["seed", "key"],
+        "'seed' is a random key; give numbers.",
     ),
     "metrics named by mixed types": (
         lambda: train(lambda model, batch, rng: (measure(model, batch), {0: 1.0, "a": 2.0})),
-        ["metric", "0"],
+        "loss_fn returned a metric named 0, a int; a metric's name is a str.",
     ),
     "a weight that is None": (
         lambda: train(lambda model, batch, rng: (jaxpar.Weighted(measure(model, batch), None), {})),
-        ["Weighted", "weight", "None"],
+        [
+            "'loss' is Weighted(total=",
+            "weight=None); give a scalar, one value an example, or jaxpar.Weighted(total, weight).",
+        ],
     ),
     "a weight of another shape": (
         lambda: train(lambda model, batch, rng: (jaxpar.Weighted(measure(model, batch), jnp.ones(3)), {})),
-        ["Weighted", "()", "(3,)"],
+        "'loss' is Weighted with a total of shape () and a weight of shape (3,); both need the same.",
     ),
     "a metric named as the loss": (
         lambda: train(lambda model, batch, rng: (measure(model, batch), {"loss": 1.0})),
@@ -1163,7 +1259,7 @@ LOSSES = {
     ),
     "text, to evaluate": (
         lambda: evaluate(make_eval_step(lambda model, batch, rng: "x", data()), start(data()), [BATCH]),
-        ["'x'", "give a scalar"],
+        "'the value' is 'x'; give a scalar, one value an example, or jaxpar.Weighted(total, weight).",
     ),
 }
 
@@ -1192,7 +1288,7 @@ ARGUMENTS = {
     "no strategy": (lambda: make_train_step(loss_fn, None), ["strategy is None", "sharded"]),
     "a mesh in place of a strategy": (
         lambda: make_train_step(loss_fn, make_mesh(data=8)),
-        ["strategy is", "Mesh", "sharded"],
+        ["strategy is Mesh(", "give what jaxpar.sharded(mesh, ...) or jaxpar.data_parallel() returns."],
     ),
     "no strategy to evaluate": (lambda: make_eval_step(loss_fn, None), ["strategy is None", "sharded"]),
     "an evaluation that is no function": (
@@ -1242,28 +1338,33 @@ ARGUMENTS = {
         lambda: evaluate(loss_fn, start(data()), [BATCH]),
         ["eval_step is a function", "make_eval_step"],
     ),
-    "a step of one's own that is no function": (lambda: data().compile(None), ["step is None", "function"]),
+    "a step of one's own that is no function": (
+        lambda: data().compile(None),
+        "step is None; give a function (state, batch) -> (state, out).",
+    ),
     "a step of one's own that returns the state alone": (
         lambda: data().compile(lambda state, batch: state)(start(data()), data().shard_batch(BATCH)),
-        ["(state, out)"],
+        "The step returned a TrainState; it gives (state, out).",
     ),
     "a step of one's own that returns the state alone, under pmap": (
         lambda: pmap().compile(lambda state, batch: state)(start(pmap()), pmap().shard_batch(BATCH)),
-        ["(state, out)"],
+        "The step returned a TrainState; it gives (state, out).",
     ),
     "a step of one's own that returns three": (
         lambda: data().compile(lambda state, batch: (state, 1, 2))(start(data()), data().shard_batch(BATCH)),
-        ["3", "(state, out)"],
+        "The step returned 3 values; it gives (state, out).",
     ),
     "a step of one's own that returns part of the state": (
         lambda: data().compile(lambda state, batch: (state.params, 1.0))(start(data()), data().shard_batch(BATCH)),
-        ["state"],
+        "The step returned a state that differs from the one it got in ['bias', 'kernel', 'opt_state/0/count', "
+        "'opt_state/0/mu/bias', 'opt_state/0/mu/kernel', 'opt_state/0/nu/bias', 'opt_state/0/nu/kernel', "
+        "'params/bias', 'params/kernel', 'rng', 'step']; it gives that one back with new values.",
     ),
     "a step of one's own that turns the state into another dtype": (
         lambda: data().compile(lambda state, batch: (state.replace(step=state.step + 0.5), 1.0))(
             start(data()), data().shard_batch(BATCH)
         ),
-        ["'step'", "int32", "float32"],
+        "The step returned state leaf 'step' as () float32; it was () int32, and the next call needs it so.",
     ),
     "a step of one's own that forgets a reduction": (
         lambda: pmap().compile(lambda state, batch: (state + batch["x"].sum(), {}))(

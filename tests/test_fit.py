@@ -29,7 +29,6 @@ from jaxpar import Profile, lines
 from jaxpar.checkpoint import CheckpointError, CheckpointWarning
 from jaxpar.fit import FitError
 from jaxpar.progress import show_steps
-from jaxpar.state import StateError
 from jaxpar.work import Meter, Work, peak_flops
 
 PROGRAM = pathlib.Path(__file__).parent / "fit_program.py"
@@ -294,7 +293,7 @@ def test_bad_arguments_are_named(step, changes, message):
 )
 def test_functions_of_other_arguments_are_named_before_any_step(step, changes, message):
     given = {"batches": batches, **changes}
-    with pytest.raises(StateError, match=message):
+    with pytest.raises(FitError, match=message):
         jaxpar.fit(step, start(step), given.pop("batches"), steps=1, **given)
 
 

@@ -260,6 +260,12 @@ def test_a_layout_prints_path_shape_spec_rule_and_bytes():
     assert lines[3] == "total 44 B a device, 140 B whole; mesh {'data': 2, 'model': 4}"
 
 
+def test_a_layout_counts_a_random_keys_words_whole_and_a_device():
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 3))
+    layout = layout_state({"keys": keys}, [], jaxpar.make_mesh(data=8))
+    assert str(layout).endswith("total 24 B a device, 24 B whole; mesh {'data': 8}")
+
+
 def test_a_layout_counts_bytes_and_names_what_is_whole():
     layout = small_layout()
     assert layout.bytes_per_device == 12 + 32

@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.devices(8)
 
 SMALL = ["train", "--d-model", "32", "--layers", "1", "--seq-len", "16", "--batch-size", "16", "--steps", "3"]
 EIGHT = ["--fake-devices", "8"]
+PYPROJECT = pathlib.Path(jaxpar.__file__).parent.parent / "pyproject.toml"
 
 LONG = "the cat sat on the mat. " * 100
 
@@ -409,6 +412,14 @@ def test_doctor_names_what_is_not_installed(capsys, monkeypatch):
     assert "chex is not installed, but jaxpar needs >=0.1.92" in capsys.readouterr().out
 
 
+def test_doctor_reads_the_pins_as_pyproject_has_them(monkeypatch):
+    requirements = tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: requirements if name == "jaxpar" else [])
+    pins = {pin.name: pin for pin in doctor.read_pins()}
+    assert {f"{name}{pin.needs}" for name, pin in pins.items() if name != "python"} == set(requirements)
+    assert all(pin.holds for pin in pins.values())
+
+
 def test_doctor_says_why_jax_does_not_start(capsys, monkeypatch):
     def fail():
         raise RuntimeError("no such platform\nat all")
@@ -484,4 +495,4 @@ def test_with_its_defaults_it_ends_below_2_2_nats_per_byte():
 def test_fake_devices_without_the_cpu_platform_are_refused():
     done = run_process("train", *EIGHT, JAX_PLATFORMS="cuda")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--fake-devices 8 are CPU devices, but JAX_PLATFORMS=cuda rules them out; unset it." in done.stderr
+    assert "Fake devices are CPU devices, but JAX_PLATFORMS=cuda rules CPUs out; unset it." in done.stderr

@@ -5,6 +5,7 @@ import doctest
 import importlib
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import tomllib
 import pytest
 
 import jaxpar
+from jaxpar import doctor
 
 PACKAGE = pathlib.Path(jaxpar.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -343,19 +345,33 @@ def test_the_package_is_typed_and_says_its_version():
     assert all(part.isdigit() for part in parts)
 
 
-def test_what_the_core_imports_is_declared():
+def names_of(requirements):
+    """Returns the packages of a list of requirements by the names that they are imported by."""
+    imported_as = {"orbax-checkpoint": "orbax"}
+    names = [re.match(r"[\w.-]+", requirement)[0] for requirement in requirements]
+    return {imported_as.get(name, name) for name in names}
+
+
+def outside_imports(name):
+    """Returns the packages of others that a module imports, anywhere in it."""
+    nodes = list(ast.walk(tree_of(name)))
+    named = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    named += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in named} - set(sys.stdlib_module_names) - {"jaxpar"}
+
+
+# The extra that brings what else a module imports, where it is asked for.
+EXTRA_OF = {"data": "data", "train_report": "plot", "estimate_command": "plot", "pytest_plugin": "test"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_module_imports_is_declared(name):
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-    declared = {requirement.split(">")[0] for requirement in project["dependencies"]} | {"numpy", "jaxpar"}
-    for module in (*CORE, "train", "evaluation"):
-        imported = {
-            name.split(".")[0]
-            for node in ast.walk(tree_of(module))
-            for name in (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else []
-            )
-        }
-        assert imported - set(sys.stdlib_module_names) <= declared, module
+    extra = project["optional-dependencies"][EXTRA_OF[name]] if name in EXTRA_OF else []
+    assert outside_imports(name) <= names_of([*project["dependencies"], *extra])
+
+
+def test_doctor_names_every_package_that_the_core_needs():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    needed = [re.match(r"[\w.-]+", requirement)[0] for requirement in project["dependencies"]]
+    assert set(needed) == {"jax", *doctor._CORE}

@@ -223,7 +223,7 @@ def parts_of(monkeypatch):
                 }
             )
 
-        monkeypatch.setattr(jax, "NamedSharding", with_owners)
+        monkeypatch.setattr("jaxpar.strategy.NamedSharding", with_owners)
         process_part.cache_clear()
         return {process: process_part(mesh, process, spec) for process in wanted}
 

@@ -422,7 +422,16 @@ def test_what_the_strategy_raises_passes_through():
 BAD_ARGUMENTS = {
     "no batch": ({"batches": []}, "batches is empty"),
     "one batch": ({"batches": {"x": np.ones((8, FEATURES))}}, "batches is a dict; give a list of batches"),
-    "a mesh": ({"strategy": "data"}, "strategy is 'data'; give what jaxpar.sharded or jaxpar.data_parallel returns"),
+    "a mesh": (
+        {"strategy": "data"},
+        r"strategy is 'data'; give what jaxpar.sharded\(mesh, ...\) or jaxpar.data_parallel",
+    ),
+    "microbatches as text": ({"num_microbatches": "4"}, "num_microbatches is '4'; give a whole number, 1 or more"),
+    "a compute dtype that there isn't": (
+        {"compute_dtype": "bf16"},
+        "compute_dtype is 'bf16'; give a floating-point dtype, as jnp.bfloat16, or None",
+    ),
+    "a compute dtype of whole numbers": ({"compute_dtype": jnp.int32}, "give a floating-point dtype, as jnp.bfloat16"),
     "an unknown dtype": ({"dtypes": ("float8",)}, r"dtypes is \('float8',\)"),
     "a dtype as text": ({"dtypes": "float32"}, "dtypes is 'float32'"),
     "float64 with bf16": (
@@ -441,7 +450,7 @@ def test_bad_arguments_are_named(case):
     changed, text = BAD_ARGUMENTS[case]
     init_fn, loss_fn = TASKS["mean"]
     arguments = {"batches": make_batches("mean"), "strategy": testing.strategies(1)["one"](), **changed}
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(TypeError if "strategy" in changed else ValueError, match=text):
         testing.assert_trains_like_one_device(init_fn, loss_fn, **arguments)
 
 

@@ -1,11 +1,9 @@
 """`estimate`: how long a step on a pod will take and what it costs, as a report; changes with what a user must see."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxpar.ahead import SECONDS, compile_ahead
@@ -27,7 +25,7 @@ from jaxpar.estimation.timeline import (
 from jaxpar.inspection.flops import count_kernels, count_products
 from jaxpar.inspection.hlo import read_program
 from jaxpar.inspection.report import step_of
-from jaxpar.integers import is_integer
+from jaxpar.integers import is_integer, is_number
 from jaxpar.layout import format_bytes
 from jaxpar.tables import Table, align, name_axes, show, to_html
 from jaxpar.targets import Target, target_of
@@ -269,7 +267,7 @@ def estimate(
       TargetError: what the compile needs isn't installed.
       StateError, BatchError: the state or the batch doesn't fit the step.
 
-    >>> import jaxpar
+    >>> import jaxpar, numpy as np
     >>> step = jaxpar.sharded(jaxpar.make_mesh(data=8)).compile(lambda state, batch: (state, batch))
     >>> estimate(step, np.ones(8), {"x": np.ones(8)})
     Traceback (most recent call last):
@@ -328,7 +326,7 @@ measured; give a target, as make_mesh(data=8, target='v5e-8').
 
 
 def _positive(name: str, number: Any) -> float:
-    if isinstance(number, bool) or not isinstance(number, int | float | np.number) or not 0 < number < math.inf:
+    if not is_number(number) or number <= 0:
         raise EstimationError(f"{name} is {number!r}; give a number above 0.")
     return float(number)
 

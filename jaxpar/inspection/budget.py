@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxpar.inspection.collectives import KINDS
 from jaxpar.inspection.report import inspect
-from jaxpar.integers import is_integer
+from jaxpar.integers import is_integer, is_number
 from jaxpar.layout import format_bytes
 from jaxpar.mesh import AXES
 
@@ -96,7 +96,7 @@ def _read_budget(budget: Any) -> dict[str, int]:
 def assert_fits(train_step: Any, state: Any, batch: Any, *, hbm_fraction: float = 0.9) -> None:
     """Raises AssertionError if a step needs more than a part of the memory of its mesh's target.
 
-    A test says so of a pod that isn't there:
+    A test says so of a pod that isn't there, with the TPU compiler (`pip install 'jaxpar[plan]'`):
 
         strategy = jaxpar.sharded(jaxpar.make_mesh(fsdp=256, target="v5e-256"), jaxpar.FSDP)
         batch = {"tokens": jax.ShapeDtypeStruct((256, 2048), "int32")}
@@ -112,8 +112,18 @@ def assert_fits(train_step: Any, state: Any, batch: Any, *, hbm_fraction: float 
       AssertionError: the message gives what it needs, what there is, and the largest leaves.
       ValueError: the mesh is of no target, or the fraction isn't one.
       InspectionError, StateError, BatchError, AheadError: as `jaxpar.inspect`.
+
+    >>> import jax, jaxpar, optax
+    >>> from flax import nnx
+    >>> strategy = jaxpar.sharded(jaxpar.make_mesh(data=8))
+    >>> init_fn = lambda rng: jaxpar.TrainState.create(nnx.Linear(64, 32, rngs=nnx.Rngs(rng)), optax.sgd(0.1))
+    >>> step = jaxpar.make_train_step(lambda model, batch, rng: ((model(batch["x"]) ** 2).mean(), {}), strategy)
+    >>> assert_fits(step, strategy.abstract_state(init_fn), {"x": jax.ShapeDtypeStruct((16, 64), "float32")})
+    Traceback (most recent call last):
+    ValueError: The mesh {'data': 8} is of devices that are here; give a target to fit, as make_mesh(fsdp=256, \
+target='v5e-256').
     """
-    if isinstance(hbm_fraction, bool) or not isinstance(hbm_fraction, int | float) or not 0 < hbm_fraction <= 1:
+    if not is_number(hbm_fraction) or not 0 < hbm_fraction <= 1:
         raise ValueError(f"hbm_fraction is {hbm_fraction!r}; give a part of the memory, more than 0 and up to 1.")
     report = inspect(train_step, state, batch)
     if report.hbm_bytes is None:
