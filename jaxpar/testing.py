@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxpar.batch import match_path, read_batch
 from jaxpar.data_parallel import data_parallel
+from jaxpar.differences import Difference, find_differences, find_noise, largest_move, relative_norms, with_params
 from jaxpar.inspection.budget import assert_collectives as assert_collectives
 from jaxpar.inspection.budget import assert_fits as assert_fits
 from jaxpar.integers import is_integer
@@ -18,13 +19,12 @@ from jaxpar.mesh import make_mesh
 from jaxpar.oracle import View, find_narrowed_loss, one_device_step
 from jaxpar.rules import FSDP, MEGATRON, ZERO1
 from jaxpar.sharded import sharded
-from jaxpar.state import TrainState, is_key, named_leaves
+from jaxpar.state import TrainState, is_key
 from jaxpar.strategy import Strategy, check_compute_dtype, check_strategy
 from jaxpar.train import make_train_step
 
 # Float64 is where an error in logic can't hide; float32 is what runs.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
-NOISE = 1e-12
 _LOSS = "metrics/loss"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -52,6 +52,7 @@ class Agreement:
       steps: how many steps were compared.
       runs: one for each dtype.
       noise: the parameters left out, since their gradient is rounding noise on every step.
+      parts: in how many parts one device took each batch, since the strategy's step sees as many.
 
     >>> print(Agreement("sharded({'data': 8}, 0 lists of rules)", 5, (Run("float64", 1e-9, 0.0, 2e-16, "params/w"),)))
     sharded({'data': 8}, 0 lists of rules) trains like one device over 5 steps:
@@ -62,25 +63,17 @@ class Agreement:
     steps: int
     runs: tuple[Run, ...]
     noise: tuple[str, ...] = ()
+    parts: int = 1
 
     def __str__(self) -> str:
-        lines = [f"{self.strategy} trains like one device over {self.steps} steps:"]
+        taking = f" that takes each batch in {self.parts} parts," if self.parts > 1 else ""
+        lines = [f"{self.strategy} trains like one device{taking} over {self.steps} steps:"]
         for run in self.runs:
             params = f", parameters to {run.params:.2g} ({run.leaf!r})" if run.dtype == "float64" else ""
             lines.append(f"  {run.dtype}: losses to {run.loss:.2g}{params}; tolerance {run.tolerance:g}")
         if self.noise:
             lines.append(f"  not compared, their gradient is rounding noise: {', '.join(self.noise)}")
         return "\n".join(lines)
-
-
-class _Difference(NamedTuple):
-    """How far one value is from one device's after one step."""
-
-    step: int
-    what: str
-    size: float
-    got: Any
-    expected: Any
 
 
 def assert_trains_like_one_device(
@@ -98,8 +91,8 @@ def assert_trains_like_one_device(
     One device plays the step in plain JAX, without jaxpar's builder: each microbatch in turn, each shard where the
     strategy's step sees one. In float64 each loss, metric, parameter and model state must agree to 1e-9 after every
     step; in float32, with exact matrix products, each loss to 1e-5. The state must lie as `strategy.layout` says, and
-    the step must compile once for each shape of batch. What one device does is compiled once for the strategies that
-    follow, if they get the same `init_fn` and `loss_fn`: make those outside the test.
+    the step must compile once for each shape of batch; some gradient must not be 0. What one device does is compiled
+    once for the strategies that follow, if they get the same `init_fn` and `loss_fn`: make those outside the test.
 
     Args:
       init_fn: makes the state, as for `strategy.init`; it gets `jax.random.key(0)`, split.
@@ -128,8 +121,8 @@ def assert_trains_like_one_device(
     start = strategy.init(init_fn, jax.random.key(0))
     _check_layout(start, strategy, "strategy.init")
     case = _Case(loss_fn, list(batches), strategy, num_microbatches, compute_dtype, start)
-    runs, noises = zip(*(_compare(case, dtype) for dtype in dtypes), strict=True)
-    agreement = Agreement(strategy.name, len(batches), runs, noises[0])
+    runs, noises, parts = zip(*(_compare(case, dtype) for dtype in dtypes), strict=True)
+    agreement = Agreement(strategy.name, len(batches), runs, noises[0], parts[0])
     print(agreement)
     return agreement
 
@@ -199,8 +192,8 @@ class _Case(NamedTuple):
     start: TrainState
 
 
-def _compare(case: _Case, dtype: str) -> tuple[Run, tuple[str, ...]]:
-    """One dtype's run, and the leaves whose gradients are noise."""
+def _compare(case: _Case, dtype: str) -> tuple[Run, tuple[str, ...], int]:
+    """One dtype's run, the leaves whose gradients are noise, and in how many parts one device took a batch."""
     strategy, exact = case.strategy, dtype == "float64"
     with jax.default_matmul_precision("highest"), jax.enable_x64(exact):
         widen = _to_float64 if exact else lambda tree: tree
@@ -208,14 +201,14 @@ def _compare(case: _Case, dtype: str) -> tuple[Run, tuple[str, ...]]:
         batches = [widen(read_batch(batch)) for batch in case.batches]
         view = _view_of(case, start, batches[0])
         differences, norms = _follow(case, view, start, batches)
-        noise = _find_noise(norms)
+        noise = find_noise(norms)
         held = [difference for difference in differences if difference.what not in noise]
         run = _measure(dtype, held)
         failed = [item for item in held if not item.size <= run.tolerance and (exact or item.what == _LOSS)]
         if failed:
             narrowed = find_narrowed_loss(case.loss_fn, view, start, batches[0]) if exact else ()
             raise AssertionError(_explain(strategy, run, failed, narrowed))
-        return run, noise
+        return run, noise, math.prod(size for _, size in view.shards) * view.num_microbatches
 
 
 def _view_of(case: _Case, state: TrainState, batch: Any) -> View:
@@ -234,7 +227,7 @@ def _view_of(case: _Case, state: TrainState, batch: Any) -> View:
 
 def _follow(
     case: _Case, view: View, start: TrainState, batches: list[Any]
-) -> tuple[list[_Difference], list[dict[str, float]]]:
+) -> tuple[list[Difference], list[dict[str, float]]]:
     """The differences after each step of the strategy and of one device, and each leaf's share of the gradient."""
     strategy = case.strategy
     train_step = make_train_step(
@@ -242,24 +235,25 @@ def _follow(
     )
     step, play = _count_compiles(train_step, strategy), one_device_step(case.loss_fn, view)
     state, lone, differences, norms = strategy.place(jax.tree.map(jnp.copy, start)), start, [], []
+    is_trained = False
     for number, batch in enumerate(batches, 1):
         state, metrics = step(state, strategy.shard_batch(batch))
         before, (lone, expected, gradients) = lone, play(lone, batch)
-        differences += (found := _differences(number, (metrics, state), (expected, lone)))
+        is_trained |= any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(gradients))
+        differences += (found := find_differences(number, (metrics, state), (expected, lone)))
         # No optimizer moves a leaf by noise much further than it moves others: what goes further counts.
-        furthest = 4 * _largest_move(before, lone)
+        furthest = 4 * largest_move(before, lone)
         strayed = {item.what for item in found if not item.size <= furthest}
-        norms.append({path: 1.0 if path in strayed else norm for path, norm in _relative_norms(gradients).items()})
+        norms.append({path: 1.0 if path in strayed else norm for path, norm in relative_norms(gradients).items()})
         # Adam makes steps of noise, and a bias before BatchNorm carries them into its statistics.
-        state = _with_params(state, lone, _find_noise(norms))
+        state = with_params(state, lone, find_noise(norms))
     _check_layout(state, strategy, f"after {len(batches)} steps")
+    if not is_trained:
+        raise AssertionError(
+            f"The gradient of all {len(norms[0])} parameters is 0 in each of {len(batches)} steps, which shows "
+            "nothing: let the loss depend on the model that loss_fn is given, on a batch that weighs something."
+        )
     return differences, norms
-
-
-def _largest_move(before: TrainState, after: TrainState) -> float:
-    """How far a step moved the parameter that it moved furthest."""
-    pairs = zip(named_leaves(before.params, "params"), jax.tree.leaves(after.params), strict=True)
-    return max(_difference(0, path, np.asarray(old), np.asarray(new)).size for (path, old), new in pairs)
 
 
 def _through_host(leaf: jax.Array) -> jax.Array:
@@ -275,69 +269,14 @@ def _to_float64(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype("float64") if is_float(leaf) else leaf, tree)
 
 
-def _differences(step: int, got: tuple[Any, Any], expected: tuple[Any, Any]) -> list[_Difference]:
-    """How far each metric, parameter and model state is from one device's."""
-    values = []
-    for metrics, state in (got, expected):
-        metrics = {f"metrics/{name}": value for name, value in metrics.items()}
-        leaves = [*named_leaves(metrics), *named_leaves(state.params, "params")]
-        leaves += [(f"model_state/{path}", leaf) for path, leaf in named_leaves(state.model_state) if not is_key(leaf)]
-        values.append(dict([*leaves, ("step", state.step)]))
-    ours, theirs = values
-    # One device counts skipped steps always, the step only where one can be.
-    if "metrics/skipped" not in ours:
-        theirs.pop("metrics/skipped")
-    if ours.keys() != theirs.keys():
-        odd = sorted(ours.keys() ^ theirs.keys())
-        raise AssertionError(f"The step's metrics and state differ in {odd}; let loss_fn give the same on any mesh.")
-    return [_difference(step, what, np.asarray(ours[what]), np.asarray(theirs[what])) for what in ours]
-
-
-def _difference(step: int, what: str, got: np.ndarray, expected: np.ndarray) -> _Difference:
-    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
-    got, expected = got.astype(wide), expected.astype(wide)
-    sizes = np.abs(got - expected) / np.maximum(1, np.abs(expected))
-    # NaN is no agreement, not with NaN either: a diverged run shows nothing.
-    sizes = np.where(np.isnan(sizes), np.inf, sizes)
-    worst = np.unravel_index(np.argmax(sizes), sizes.shape) if sizes.size else ()
-    return _Difference(
-        step, what, *(float(np.abs(sizes[worst])), got[worst], expected[worst]) if sizes.size else (0.0, 0, 0)
-    )
-
-
-def _relative_norms(gradients: Any) -> dict[str, float]:
-    """Each leaf's share of the global gradient norm."""
-    norms = {path: float(np.linalg.norm(np.asarray(leaf).ravel())) for path, leaf in named_leaves(gradients, "params")}
-    total = np.sqrt(sum(norm**2 for norm in norms.values()))
-    # A step without any gradient says nothing of which leaves have none.
-    return {path: norm / total if total else 1.0 for path, norm in norms.items()}
-
-
-def _find_noise(norms: list[dict[str, float]]) -> tuple[str, ...]:
-    """The parameters whose gradient was rounding noise at every step."""
-    return tuple(path for path in norms[0] if all(norm[path] < NOISE for norm in norms))
-
-
-def _with_params(state: TrainState, source: TrainState, paths: tuple[str, ...]) -> TrainState:
-    """The state with the parameters of these paths taken from another, laid out as before."""
-    if not paths:
-        return state
-    values = dict(named_leaves(source.params, "params"))
-    leaves = [
-        jax.device_put(np.asarray(values[path]), leaf.sharding) if path in paths else leaf
-        for path, leaf in named_leaves(state.params, "params")
-    ]
-    return dataclasses.replace(state, params=jax.tree.unflatten(jax.tree.structure(state.params), leaves))
-
-
-def _measure(dtype: str, differences: list[_Difference]) -> Run:
+def _measure(dtype: str, differences: list[Difference]) -> Run:
     params = [item for item in differences if item.what.startswith("params/")]
-    worst = max(params, key=lambda item: item.size, default=_Difference(0, "", 0.0, 0, 0))
+    worst = max(params, key=lambda item: item.size, default=Difference(0, "", 0.0, 0, 0))
     loss = (item.size for item in differences if item.what == _LOSS)
     return Run(dtype, TOLERANCES[dtype], max(loss), worst.size, worst.what)
 
 
-def _explain(strategy: Strategy, run: Run, failed: list[_Difference], narrowings: Sequence[str]) -> str:
+def _explain(strategy: Strategy, run: Run, failed: list[Difference], narrowings: Sequence[str]) -> str:
     """The first step that differs and its largest difference, how many more, and what may excuse it."""
     step = failed[0].step
     here = sorted((item for item in failed if item.step == step), key=lambda item: -item.size)

@@ -466,3 +466,25 @@ def test_every_standard_strategy_uses_the_devices_it_is_made_for(count):
 def test_a_number_of_devices_that_can_not_be_is_named(count):
     with pytest.raises(ValueError, match=r"num_devices is .*; give a whole number, 1 or more"):
         testing.strategies(count)
+
+
+def rows_alike():
+    return [{"x": np.ones((ROWS, FEATURES), "float32"), "y": np.ones(ROWS, "float32")}]
+
+
+def test_a_loss_that_leaves_its_model_alone_shows_nothing():
+    alone = lambda model, batch, rng: (jnp.square(batch["x"]).mean() + 0 * model(batch["x"]).sum(), {})
+    strategy = jaxpar.sharded(jaxpar.make_mesh(data=-1))
+    with pytest.raises(
+        AssertionError, match=r"The gradient of all 2 parameters is 0 in each of 1 steps, which shows no"
+    ):
+        testing.assert_trains_like_one_device(*nnx_task(linear, alone), rows_alike(), strategy, dtypes=("float32",))
+
+
+def test_what_is_printed_tells_in_how_many_parts_one_device_took_the_batch():
+    task, strategy = nnx_task(linear, mean_loss), jaxpar.data_parallel()
+    agreement = testing.assert_trains_like_one_device(
+        *task, rows_alike(), strategy, num_microbatches=2, dtypes=("float32",)
+    )
+    assert agreement.parts == 2 * strategy.num_shards
+    assert f"one device that takes each batch in {agreement.parts} parts, over 1 steps:" in str(agreement)
