@@ -98,6 +98,11 @@ def pad_batch(batch: Mapping[str, Any], multiple: int, *, whole: Sequence[str] =
         raise BatchError(f"multiple is {multiple!r}; give a whole number, 1 or more, as strategy.num_shards.")
     if isinstance(whole, str) or not all(isinstance(pattern, str) for pattern in whole):
         raise BatchError(f"whole= is {whole!r}; give a list of regexes, as ['table'].")
+    for pattern in whole:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise BatchError(f"whole= has {pattern!r}, which is no regex: {error}; as one, '*t' is '.*t'.") from None
     is_shared = lambda path: any(re.search(pattern, path) for pattern in whole)
     rows = count_rows(read_batch(batch), is_shared)
     return pad_rows(batch, math.ceil(rows / multiple) * multiple, is_shared)

@@ -229,8 +229,13 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _parse_sizes(spec: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    if not isinstance(spec, str):
+        raise MeshError(
+            f"The mesh is {spec!r}, a {type(spec).__name__}; name each axis's size, as make_mesh(data=2, model=4), or "
+            "write 'data=2,model=4'."
+        )
     parsed = dict(sizes)
-    for part in spec.split(",") if isinstance(spec, str) else [str(spec)]:
+    for part in spec.split(","):
         axis, _, size = part.partition("=")
         axis = axis.strip()
         try:

@@ -305,7 +305,7 @@ def _name_nan(error: Exception) -> Exception | None:
     # JAX's own search for the operation runs a jitted function again; it can't for a compiled one.
     if type(error).__name__ == "InternalFloatingPointError":
         found = error.args[-1]
-    elif isinstance(error, RecursionError) and looks_for_nans():
+    elif looks_for_nans() and (isinstance(error, RecursionError) or str(error).endswith("in sharded computation.")):
         # What that search ends in under pmap.
         found = "nan or an infinity"
     else:

@@ -396,3 +396,14 @@ def test_a_step_without_jit_says_what_to_do_instead():
         pytest.raises(ValueError, match=r"jax_disable_jit is set, .* call your own function by itself"),
     ):
         step(state, batch)
+
+
+@pytest.mark.parametrize("name", ["data", "pmap"])
+def test_a_nan_that_the_loss_itself_makes_is_told_alike(name):
+    strategy, state, _ = start(name, make_task("nnx_mlp"))
+    step = jaxpar.make_train_step(lambda model, batch, rng: (jnp.log(-jnp.square(batch["x"])).mean(), {}), strategy)
+    with (
+        jax.debug_nans(True),
+        pytest.raises(FloatingPointError, match=r"The step made a nan.*; .* loss_fn\(state.model"),
+    ):
+        step(state, strategy.shard_batch(make_batches("mlp", 1)[0]))

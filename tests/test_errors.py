@@ -276,7 +276,15 @@ MESHES = {
     "empty text": (lambda: make_mesh(""), ["write axis=size"]),
     "an axis twice in text": (lambda: make_mesh("data=2,data=4"), ["gives axis 'data' twice: 2 and 4; give one."]),
     "an axis in text and as a keyword": (lambda: make_mesh("data=2", data=4), ["axis 'data' twice", "2", "4"]),
-    "a dict in place of text": (lambda: make_mesh({"data": 8}), ["{'data': 8}", "as in 'data=2,model=4'"]),
+    "a dict in place of text": (
+        lambda: make_mesh({"data": 8}),
+        "The mesh is {'data': 8}, a dict; name each axis's size, as make_mesh(data=2, model=4), or write "
+        "'data=2,model=4'.",
+    ),
+    "a number in place of text": (
+        lambda: make_mesh(8),
+        "The mesh is 8, a int; name each axis's size, as make_mesh(data=2",
+    ),
     "no device": (
         lambda: make_mesh(devices=[], data=-1),
         "devices= is []; give a list of devices, as jax.devices()[:4].",
@@ -1071,6 +1079,10 @@ BATCHES = {
         "The batch is a tuple; padding adds the leaf 'example_weight', so give a dict, as {'x': x, 'y': y}.",
     ),
     "an array to pad": (lambda: pad_batch(np.ones(3), 8), ["The batch is a ndarray", "give a dict"]),
+    "a regex to leave whole that is none": (
+        lambda: pad_batch({"table": np.ones(3)}, 8, whole=["*t"]),
+        "whole= has '*t', which is no regex: nothing to repeat at position 0; as one, '*t' is '.*t'.",
+    ),
     "a multiple of 0": (
         lambda: pad_batch({"x": np.ones(3)}, 0),
         "multiple is 0; give a whole number, 1 or more, as strategy.num_shards.",
