@@ -123,7 +123,7 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
         example_dims=2,
     )
     name = f"data_parallel({count} devices, axis_name={axis_name!r})"
-    return Strategy(name, mesh, axis_name, count, (), lambda path: False, engine)
+    return Strategy(name, mesh, axis_name, (axis_name,), count, (), lambda path: False, engine)
 
 
 def _export(fn: StepFn, state: Any, batch: Any, carries_state: bool) -> Any:

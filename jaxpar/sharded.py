@@ -146,9 +146,12 @@ def sharded(mesh: Mesh, *rules: Rules, batch_rules: Rules = ()) -> Strategy:
         keep_rows=keep_rows,
     )
     name = f"sharded({dict(mesh.shape)}, {len(rules)} list{'s' * (len(rules) != 1)} of rules)"
-    entry = batch_spec("", (mesh.size,))
-    num_shards = count_shards(mesh, axes_of(entry))
-    strategy = Strategy(name, mesh, AXIS_NAME, num_shards, rules, is_shared, engine)
+    # A rule for every leaf, as (".*", P(("data", "model"))), splits the rows so.
+    given = _first_spec(batch_rules, "")
+    row_axes = (
+        axes_of(PartitionSpec(given[0])) if isinstance(given, PartitionSpec) and given and given[0] else batch_axes
+    )
+    strategy = Strategy(name, mesh, AXIS_NAME, row_axes, count_shards(mesh, row_axes), rules, is_shared, engine)
     return strategy
 
 

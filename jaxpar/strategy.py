@@ -30,7 +30,8 @@ class Strategy:
       name: how it was made, as text.
       mesh: the devices on their axes.
       axis_name: the name over which a model or a step of your own may reduce, as `jax.lax.pmean(x, "data")`.
-      num_shards: how many ways dim 0 of the batch is split: what its rows must divide by.
+      batch_axes: the mesh axes over which dim 0 of the batch is split.
+      num_shards: how many ways that splits it: what its rows must divide by.
       rules: the lists of rules for the state.
       shared: tells from a batch leaf's path whether every shard sees it whole.
       engine: what differs between `jit` and `pmap`.
@@ -39,6 +40,7 @@ class Strategy:
     name: str
     mesh: Mesh
     axis_name: str
+    batch_axes: tuple[str, ...]
     num_shards: int
     rules: tuple[Rules, ...]
     shared: Callable[[str], bool]
@@ -180,7 +182,7 @@ class Strategy:
         """
         if is_target(self.mesh):
             return 0, 1
-        return process_part(self.mesh, jax.process_index(), self.engine.batch_spec("", (self.mesh.size,)))
+        return process_part(self.mesh, jax.process_index(), PartitionSpec(self.batch_axes or None))
 
     def compile(self, step: StepFn, *, compiler_options: dict[str, Any] | None = None) -> "Step":
         """Returns a step of your own, `(state, batch) -> (state, out)`, compiled for these devices.

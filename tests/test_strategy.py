@@ -269,6 +269,19 @@ def test_batch_rules_may_split_the_rows_over_more_axes(num_microbatches):
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
+@pytest.mark.devices(8)
+@pytest.mark.parametrize(
+    ("spec", "num_shards"),
+    [(P("data", None), 4), (P(("data", "model")), 8), (P(None, "model"), 4), ("a function", 4)],
+    ids=str,
+)
+def test_a_batch_rule_for_every_leaf_need_not_fit_one_of_rows_alone(spec, num_shards):
+    rule = spec if isinstance(spec, P) else lambda leaf, mesh, so_far: P("data", "model") if leaf.shape[1] > 1 else None
+    strategy = jaxpar.sharded(jaxpar.make_mesh(data=4, model=2), jaxpar.MEGATRON, batch_rules=[(".*", rule)])
+    assert strategy.num_shards == num_shards
+    assert len(strategy.shard_batch(BATCH)["x"].addressable_shards[0].data) == len(BATCH["x"]) // num_shards
+
+
 # compile: steps of one's own
 
 
