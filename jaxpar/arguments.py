@@ -1,4 +1,4 @@
-"""What is checked of the state and the batch that a step is given, before any compile."""
+"""What is checked of the state and the batch that a step is given: most before a compile, what is gone at each call."""
 
 import contextlib
 import math

@@ -90,20 +90,6 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
     def trace(fn: StepFn, state: Any, batch: Any) -> Any:
         return jax.make_jaxpr(jax.pmap(fn, axis_name, in_axes=(None, 0), devices=chosen))(state, batch)
 
-    def run_shards(fn: Callable, axes: tuple[str, ...], batch: Any) -> Callable:
-        def named(*args: Any) -> Any:
-            try:
-                return fn(*args)
-            except NameError as error:
-                if axis_name == AXIS_NAME or f"unbound axis name: {AXIS_NAME}" not in str(error):
-                    raise
-                raise LossError(
-                    f"The model reduces over the axis {AXIS_NAME!r}, but data_parallel(axis_name={axis_name!r}) binds "
-                    f"{axis_name!r}; give both one name."
-                ) from error
-
-        return named
-
     def prepare(fn: StepFn, state: Any, batch: Any, carries_state: bool, compiler_options: Any) -> StepFn:
         run = mapped(fn, carries_state, compiler_options)
         return _watch_drift(run, chosen, axis_name) if carries_state else run
@@ -117,13 +103,30 @@ def data_parallel(devices: Sequence[jax.Device] | None = None, axis_name: str = 
         export=_export,
         prepare=prepare,
         manual_axes=lambda layout, accumulates: (axis_name,),
-        run_shards=run_shards,
+        run_shards=lambda fn, axes, batch: _name_unbound(fn, axis_name),
         constrain=lambda array, spec: array,
         keep_rows=lambda fn, layout, axes, batch: fn,
         example_dims=2,
     )
     name = f"data_parallel({count} devices, axis_name={axis_name!r})"
     return Strategy(name, mesh, axis_name, (axis_name,), count, (), lambda path: False, engine)
+
+
+def _name_unbound(fn: Callable, axis_name: str) -> Callable:
+    """`fn`, in which a model that reduces over the name of all other views, where another is bound, is told so."""
+
+    def named(*args: Any) -> Any:
+        try:
+            return fn(*args)
+        except NameError as error:
+            if axis_name == AXIS_NAME or f"unbound axis name: {AXIS_NAME}" not in str(error):
+                raise
+            raise LossError(
+                f"The model reduces over the axis {AXIS_NAME!r}, but data_parallel(axis_name={axis_name!r}) binds "
+                f"{axis_name!r}; give both one name."
+            ) from error
+
+    return named
 
 
 def _export(fn: StepFn, state: Any, batch: Any, carries_state: bool) -> Any:

@@ -328,8 +328,9 @@ def _keep_key(compiled: Callable[..., StepFn], fn: StepFn, state: TrainState, ba
         if rng is not known and not rng.sharding.is_equivalent_to(sharding, rng.ndim):
             rng = jax.device_put(rng, sharding)
         kept, (changed, out) = run(without_key(state), _Given(rng, batch))
-        known = rng if changed is None else changed
-        return with_key(kept, known), out
+        # Each call returns its own: threads may step two states at once.
+        known = rng = rng if changed is None else changed
+        return with_key(kept, rng), out
 
     return step
 
